@@ -1,0 +1,211 @@
+"""Checkpoints on disk: the Hugging Face layout of GPT-2, PEFT's layout of adapters, safe writes.
+
+Weights travel as safetensors, which hold no code. Every file appears whole or not at all.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora import check_state, load_lora_state_dict, lora_layers
+
+ASSETS = Path(__file__).parent / "assets"
+END_OF_TEXT = 50256
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# The hub's name of each field that fixes the shape, and ours.
+HUB_FIELDS = {
+    "n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
+    "n_head": "n_head", "n_embd": "n_embd", "layer_norm_epsilon": "layer_norm_epsilon",
+}
+# Fields that change the mathematics, with the one value that we compute.
+HUB_FIXED = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "n_inner": None,
+}
+# Projections that the hub stores as Conv1D, transposed.
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+PEFT_PREFIX = "base_model.model."
+PEFT_MATH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it on success and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError if the file holds anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with what `transformers` wants to find in its metadata."""
+    with atomic_write(path) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(tensors, temporary, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises ValueError if it is damaged, OSError if it is not there."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the fields of `model.GPTConfig` and the float32 weights of a GPT-2 checkpoint.
+
+    Raises ValueError for another architecture, OSError for files missing or out of reach.
+    """
+    hub = read_json(_find(name_or_dir, CONFIG))
+    for field, allowed in HUB_FIXED.items():
+        if hub.get(field, allowed) != allowed:
+            raise ValueError(f"{name_or_dir}: {field}={hub[field]!r}, but GPT-2 has {allowed!r}")
+    if missing := [field for field in HUB_FIELDS if field not in hub]:
+        raise ValueError(f"{name_or_dir}: {CONFIG} lacks {', '.join(missing)}")
+    shape = {ours: hub[field] for field, ours in HUB_FIELDS.items()}
+    weights = {}
+    for name, tensor in read_tensors(_find(name_or_dir, WEIGHTS)).items():
+        name = "transformer." + name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            weights[name] = _transposed(name, tensor).float().contiguous()
+    return shape, weights
+
+
+def write_hub_layout(
+    folder: Path | str, shape: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Write `config.json` and `model.safetensors` so that `transformers` loads the folder."""
+    config = {field: shape[ours] for field, ours in HUB_FIELDS.items()} | HUB_FIXED
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), shape["dropout"])
+    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": END_OF_TEXT}
+    write_json(Path(folder) / CONFIG, config | {"eos_token_id": END_OF_TEXT})
+    tensors = {name: _transposed(name, tensor) for name, tensor in weights.items()}
+    write_tensors(Path(folder) / WEIGHTS, tensors)
+
+
+def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
+    """Write the adapters of `model` in PEFT's layout, naming the `base_model` they belong to."""
+    config, tensors = peft_state_dict(model)
+    write_json(Path(folder) / ADAPTER_CONFIG, config | {"base_model_name_or_path": base_model})
+    write_tensors(Path(folder) / ADAPTER, tensors)
+
+
+def load_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Load adapters in PEFT's layout. Raises ValueError where they do not fit `model`."""
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
+    load_peft_state_dict(model, config, read_tensors(Path(folder) / ADAPTER))
+
+
+def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the adapter as PEFT stores it: the fields of its `LoraConfig`, and its tensors.
+
+    PEFT knows one pair a layer, so a layer of G groups becomes the exactly equal adapter of rank
+    G·r whose B is block diagonal; its scaling stays (G·alpha) / (G·r).
+    """
+    layers, patterns, tensors = lora_layers(model), {"rank": {}, "alpha": {}}, {}
+    for name, layer in layers.items():
+        rank, leaf = layer.lora_B.size(1), ".".join(name.split(".")[-2:])
+        if layer.lora_groups > 1:
+            patterns["rank"][leaf] = layer.lora_groups * rank
+            patterns["alpha"][leaf] = layer.lora_groups * rank * layer.lora_scaling
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.block_diag(
+            *layer._grouped(layer.lora_B.detach())
+        )
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+        "r": rank, "lora_alpha": rank * layer.lora_scaling, "lora_dropout": layer.lora_dropout.p,
+        "target_modules": sorted({".".join(name.split(".")[-2:]) for name in layers}),
+        "rank_pattern": patterns["rank"], "alpha_pattern": patterns["alpha"],
+        "fan_in_fan_out": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
+    }
+    return config, tensors
+
+
+def load_peft_state_dict(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Load what `peft_state_dict` returned, or what PEFT trained with the same settings.
+
+    Raises ValueError, before anything is loaded, if a setting that changes the mathematics, a
+    name or a shape differs from the model's, or if a grouped layer's B is not block diagonal.
+    """
+    expected_config, expected = peft_state_dict(model)
+    for key in PEFT_MATH:
+        if config.get(key, expected_config[key]) != expected_config[key]:
+            raise ValueError(f"adapter has {key}={config[key]}, the model {expected_config[key]}")
+    check_state(expected, tensors, "adapter")
+    state = {}
+    for name, layer in lora_layers(model).items():
+        state[f"{name}.lora_A"] = tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"]
+        state[f"{name}.lora_B"] = _diagonal_blocks(
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"], layer.lora_groups
+        )
+    load_lora_state_dict(model, state)
+
+
+def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
+    """Undo `block_diag`: (G·n, G·m) with `groups` = G blocks to (G·n, m)."""
+    rows = matrix.chunk(groups)
+    blocks = [row.chunk(groups, dim=1)[group] for group, row in enumerate(rows)]
+    if not torch.equal(torch.block_diag(*blocks), matrix):
+        raise ValueError("adapter shares one A over q, k and v; it needs lora_qkv=shared")
+    return torch.cat(blocks)
+
+
+def _find(name_or_dir: str, file: str) -> Path:
+    """Return the path of a checkpoint's `file`, fetched from the hub unless it lies here."""
+    folder = ASSETS / "gpt2-mini" if name_or_dir == "gpt2-mini" else Path(name_or_dir)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} has no {file}")
+        return folder / file
+    hub_logging.set_verbosity_error()  # its retries would bury the one line that matters
+    try:
+        return Path(hf_hub_download(name_or_dir, file))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{name_or_dir!r} is no folder here and the hub did not give its {file}: {reason}"
+        ) from None
+
+
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    return tensor.t() if name.endswith(CONV1D) else tensor

@@ -1,0 +1,126 @@
+"""Typed settings for every script: dataclass defaults, then config files, then `key=value`.
+
+Config files look like nanoGPT's (`name = literal`, one per line) but are parsed, never executed.
+"""
+
+import ast
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
+KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+# What a user can cause: bad values, files and networks, a diverging loss.
+USER_ERRORS = (ValueError, OSError, ArithmeticError)
+Config = TypeVar("Config")
+
+
+class Bounds(NamedTuple):
+    """Inclusive range of a number setting, given as the third argument of `Annotated`."""
+
+    low: float
+    high: float = math.inf
+
+
+def configure(cls: type[Config], argv: list[str] | None = None) -> Config:
+    """Build `cls` from its defaults and `argv` (the command line), read from left to right.
+
+    Raises ValueError for an unknown name, a value of the wrong type or range, or a bad config
+    file; the message names the value, its place and what is allowed.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument in ("-h", "--help"):
+            print(_help(cls, hints))
+            raise SystemExit(0)
+        for place, name, text in _assignments(argument):
+            name = ALIASES.get(name, name)
+            if name not in hints:
+                raise ValueError(f"{place}: unknown setting {name!r}{_suggest(name, hints)}")
+            values[name] = _coerce(f"{place}: {name}={text!r}", text, hints[name])
+    return cls(**values)
+
+
+def run_script(main: Callable[[Config], object], cls: type[Config]) -> None:
+    """Run `main(configure(cls))`; what a user can cause ends in one line on stderr and exit 2."""
+    try:
+        main(configure(cls))
+    except USER_ERRORS as error:
+        print("error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (place, name, text) for a `key=value` argument or for each line of a config file."""
+    if "=" in argument:
+        name, _, text = argument.partition("=")
+        yield "command line", name.removeprefix("--").replace("-", "_"), text
+    elif argument.startswith("-"):
+        raise ValueError(f"command line: {argument} needs a value, as in {argument}=...")
+    elif not Path(argument).is_file():
+        hint = _suggest(argument, map(str, Path(argument).parent.glob("*.py")))
+        raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")
+    else:
+        yield from _read_file(argument)
+
+
+def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
+    try:
+        statements = ast.parse(Path(path).read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+        raise ValueError(f"{path}:{line}: not a config file: {reason}") from None
+    for statement in statements:
+        match statement:
+            case ast.Expr(value=ast.Constant(value=str())):  # a docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)], value=node):
+                try:
+                    value = ast.literal_eval(node)
+                except (ValueError, TypeError, RecursionError, MemoryError):
+                    value = None
+                if isinstance(value, str | int | float):
+                    yield f"{path}:{statement.lineno}", name, str(value)
+                    continue
+        raise ValueError(f"{path}:{statement.lineno}: only `name = text, number, True or False`")
+
+
+def _coerce(where: str, text: str, hint: Any) -> Any:
+    """Turn `text` into the declared type of its setting, within its bounds or choices."""
+    kind, _, *bounds = get_args(hint)
+    if choices := get_args(kind):  # Literal["a", "b"]
+        if text not in choices:
+            raise ValueError(f"{where} must be one of {', '.join(choices)}")
+        return text
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = None
+    if value is None or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{where} must be {KINDS[kind]}")
+    if bounds and not bounds[0].low <= value <= bounds[0].high:
+        raise ValueError(f"{where} must be from {bounds[0].low:g} to {bounds[0].high:g}")
+    return value
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _help(cls: type, hints: dict[str, Any]) -> str:
+    """List every setting of `cls` with its default and the reason that stands beside it."""
+    lines = [sys.modules[cls.__module__].__doc__ or "", "Settings (key=value or config/NAME.py):"]
+    for field in fields(cls):  # type: ignore[arg-type]
+        kind, reason, *_ = get_args(hints[field.name])
+        choices = f" (one of {', '.join(get_args(kind))})" if get_args(kind) else ""
+        lines.append(f"  {field.name}={field.default}\n      {reason}{choices}")
+    aliases = (f"{alias} = {name}" for alias, name in ALIASES.items() if name in hints)
+    return "\n".join([*lines, f"Aliases: {', '.join(aliases)}"])

@@ -1,0 +1,338 @@
+"""GPT-2 (Radford et al., 2019) in nanoGPT's shape, with LoRA on the projections of one's choice.
+
+Dimensions: B batch, T tokens, P tokens already in the cache, C width (n_embd), H heads, D = C / H,
+V vocabulary. Tensor names are GPT-2's own, so that its published checkpoints load as they are.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import END_OF_TEXT, read_hub_layout, write_hub_layout
+from lora import LoRALinear, check_state, is_lora_name, lora_layers
+
+IGNORE = -100  # target of a position that is not supervised
+LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+# Keys and values of every layer, each (B or 1, H, P, D).
+Cache = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT-2 and its adapters; the defaults are `gpt2` (124M) without LoRA.
+
+    `lora_qkv="split"` gives q, k and v a rank-r pair each; "shared" gives them one A.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("c_attn",)
+    lora_qkv: str = "split"
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.lora_targets) - set(LORA_TARGETS):
+            raise ValueError(
+                f"lora_targets: unknown {', '.join(sorted(unknown))}; "
+                f"allowed are {', '.join(LORA_TARGETS)}"
+            )
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError(f"lora_rank={self.lora_rank} needs at least one of lora_targets")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+
+    def linear(self, target: str, in_features: int, out_features: int) -> LoRALinear:
+        """Make the projection called `target`, adapted if it is among `lora_targets`."""
+        return LoRALinear(
+            in_features, out_features,
+            lora_rank=self.lora_rank if target in self.lora_targets else 0,
+            lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            lora_groups=3 if (target, self.lora_qkv) == ("c_attn", "split") else 1,
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = config.linear("c_attn", config.n_embd, 3 * config.n_embd)
+        self.c_proj = config.linear("attn.c_proj", config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if past is not None:
+            past_k, past_v = (tensor.expand(B, -1, -1, -1) for tensor in past)
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (B, H, P+T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=past is None
+        )  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = config.linear("mlp.c_fc", config.n_embd, 4 * config.n_embd)
+        self.c_proj = config.linear("mlp.c_proj", 4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, present = self.attn(self.ln_1(x), past, mask)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), present
+
+
+class GPT(nn.Module):
+    """GPT-2 with the output head tied to the token embedding."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
+        })
+        for name, parameter in self.named_parameters():
+            self._init_weight(name, parameter)
+
+    def _init_weight(self, name: str, parameter: Tensor) -> None:
+        """GPT-2 paper, section 2.3: N(0, 0.02), projections into the residual scaled down."""
+        if is_lora_name(name) or ".ln_" in name:
+            return
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            residual = name.endswith("c_proj.weight")
+            nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** (0.5 * residual))
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, past: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
+
+        Without `targets` the logits are (B, T, V) and the loss is None. With `targets` (B, T),
+        each the token after its position or -100, logits are (supervised positions, V) in
+        row-major order and the loss is their mean cross-entropy in nats a token.
+
+        Raises ValueError if the sequence with its past is longer than the block size.
+        """
+        length = idx.size(1) + cache_length(past)
+        if length > self.config.block_size:
+            raise ValueError(
+                f"sequence of {length} tokens is longer than block_size={self.config.block_size}"
+            )
+        x, _ = self._run_blocks(idx, past)
+        if targets is None:
+            return self._head(x), None
+        supervised = targets != IGNORE
+        logits = self._head(x[supervised])
+        return logits, F.cross_entropy(logits.float(), targets[supervised])
+
+    def prefill(self, idx: Tensor) -> Cache:
+        """Return the keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
+        return self._run_blocks(idx)[1]
+
+    def _run_blocks(
+        self, idx: Tensor, past: Cache | None = None,
+        positions: Tensor | None = None, mask: Tensor | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """Return the final hidden states (B, T, C) of `idx` and the cache extended by them."""
+        P, T = cache_length(past), idx.size(1)
+        if positions is None:
+            positions = torch.arange(P, P + T, device=idx.device)
+        if mask is None and past is not None:
+            mask = torch.ones(T, P + T, dtype=torch.bool, device=idx.device).tril(P)
+        # The residual stream keeps the precision of the layer norms, whatever the matrices have.
+        dtype = self.transformer.ln_f.weight.dtype
+        x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
+        x = self.transformer.drop(x)  # (B, T, C)
+        cache = []
+        for layer, block in enumerate(self.transformer.h):
+            x, present = block(x, past[layer] if past is not None else None, mask)
+            cache.append(present)
+        return self.transformer.ln_f(x), cache
+
+    def _head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.transformer.wte.weight)  # (..., C) x (C, V) -> (..., V)
+
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        past: Cache | None = None,
+    ) -> Tensor:
+        """Return `idx` (B, T) followed by up to `max_new_tokens` new tokens a row.
+
+        A row that has ended is filled with end-of-text; generation stops when all have.
+        """
+        steps = self.stream(idx, max_new_tokens, temperature, top_k, past)
+        return torch.cat([idx, *(token for _, token in steps)], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        past: Cache | None = None, lengths: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each step the logits (B, V) and the tokens (B, 1) chosen from them.
+
+        Rows of different `lengths` (B,) are padded on the right. temperature=0 or top_k=1 is
+        greedy. Past the block size a plain batch goes on with its last `block_size` tokens.
+
+        Raises ValueError where that is not possible: with a `past` or with `lengths`.
+        """
+        B, T = idx.shape
+        P, limit = cache_length(past), self.config.block_size
+        plain = past is None and lengths is None
+        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths
+        if not plain and P + int(lengths.max()) + max_new_tokens - 1 > limit:
+            raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        x, cache = self._run_blocks(idx[:, -limit:] if plain else idx, past)
+        x = x[torch.arange(B), (lengths - 1).clamp(max=x.size(1) - 1)]  # (B, C)
+        for step in range(max_new_tokens):
+            logits = self._head(x).float()
+            token = choose_token(logits, temperature, top_k)
+            token = token.masked_fill(ended[:, None], END_OF_TEXT)
+            yield logits, token
+            ended |= token[:, 0] == END_OF_TEXT
+            if ended.all() or step == max_new_tokens - 1:
+                return
+            if plain:
+                idx = torch.cat((idx, token), dim=1)
+            if plain and cache_length(cache) == limit:
+                x, cache = self._run_blocks(idx[:, -limit:])
+            else:
+                slots = torch.arange(P + T + step + 1, device=idx.device)
+                mask = (slots < P + lengths[:, None]) | (slots >= P + T)  # (B, P+T+step+1)
+                positions = (P + lengths + step)[:, None]
+                x, cache = self._run_blocks(token, cache, positions, mask[:, None, None])
+            x = x[:, -1]
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":
+        """Load `gpt2-mini`, a local folder or a hub id in the Hugging Face layout, in float32.
+
+        `changes` are fields of `GPTConfig` (dropout, LoRA); fresh adapters change no output.
+
+        Raises ValueError for an architecture or tensors that are not GPT-2's, OSError for files
+        that are missing or out of reach.
+        """
+        shape, weights = read_hub_layout(name_or_dir)
+        with torch.device("meta"):  # the file brings the weights: allocate and draw nothing twice
+            model = cls(GPTConfig(**shape, **changes))
+        base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
+        check_state(base, weights, name_or_dir)
+        model.load_state_dict(weights, strict=False, assign=True)
+        for layer in lora_layers(model).values():
+            layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device="cpu"), False)
+            layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device="cpu"), False)
+            layer.reset_lora_parameters()
+        return model
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model in the Hugging Face layout, adapters merged into the weights."""
+        weights = {name: t for name, t in self.state_dict().items() if not is_lora_name(name)}
+        for name, layer in lora_layers(self).items():
+            weights[f"{name}.weight"] = layer.merged_weight()
+        write_hub_layout(folder, asdict(self.config), weights)
+
+
+def cache_length(cache: Cache | None) -> int:
+    return cache[0][0].size(2) if cache else 0
+
+
+def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ValueError for a device that this machine or torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not usable here; try auto or cpu: {error}") from None
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype called `name`; "auto" is the fastest that `device` truly has.
+
+    bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
+    a CPU bfloat16 if it has the instructions and they pay, else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
+
+
+def _cpu_bfloat16_pays() -> bool:
+    """Probe a matrix product of GPT-2's size: bfloat16 must be clearly faster than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+        times = []
+        for _ in range(12):
+            started = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = statistics.median(times)
+    return seconds[torch.bfloat16] * 1.2 < seconds[torch.float32]
