@@ -7,7 +7,7 @@ import ast
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
@@ -26,14 +26,17 @@ class Bounds(NamedTuple):
     high: float = math.inf
 
 
-def configure(cls: type[Config], argv: list[str] | None = None) -> Config:
-    """Build `cls` from its defaults and `argv` (the command line), read from left to right.
+def configure(
+    cls: type[Config], argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Config:
+    """Build `cls` from `defaults` and `argv` (the command line), read from left to right.
 
     Raises ValueError for an unknown name, a value of the wrong type or range, or a bad config
     file; the message names the value, its place and what is allowed.
     """
     hints = get_type_hints(cls, include_extras=True)
-    values: dict[str, Any] = {}
+    names = [*hints, *(alias for alias, name in ALIASES.items() if name in hints)]
+    values = dict(defaults or {})
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
             print(_help(cls, hints))
@@ -41,7 +44,7 @@ def configure(cls: type[Config], argv: list[str] | None = None) -> Config:
         for place, name, text in _assignments(argument):
             name = ALIASES.get(name, name)
             if name not in hints:
-                raise ValueError(f"{place}: unknown setting {name!r}{_suggest(name, hints)}")
+                raise ValueError(f"{place}: unknown setting {name!r}{_suggest(name, names)}")
             values[name] = _coerce(f"{place}: {name}={text!r}", text, hints[name])
     return cls(**values)
 
@@ -65,7 +68,7 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
     elif argument.startswith("-"):
         raise ValueError(f"command line: {argument} needs a value, as in {argument}=...")
     elif not Path(argument).is_file():
-        hint = _suggest(argument, map(str, Path(argument).parent.glob("*.py")))
+        hint = _suggest(argument, [str(path) for path in Path(argument).parent.glob("*.py")])
         raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")
     else:
         yield from _read_file(argument)
@@ -75,7 +78,8 @@ def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
     try:
         statements = ast.parse(Path(path).read_bytes()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+        line = getattr(error, "lineno", None) or 1
+        reason = getattr(error, "msg", str(error)) or "nested too deeply"
         raise ValueError(f"{path}:{line}: not a config file: {reason}") from None
     for statement in statements:
         match statement:
@@ -84,10 +88,11 @@ def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
             case ast.Assign(targets=[ast.Name(id=name)], value=node):
                 try:
                     value = ast.literal_eval(node)
+                    text = str(value)  # of a number of thousands of digits: ValueError
                 except (ValueError, TypeError, RecursionError, MemoryError):
                     value = None
                 if isinstance(value, str | int | float):
-                    yield f"{path}:{statement.lineno}", name, str(value)
+                    yield f"{path}:{statement.lineno}", name, text
                     continue
         raise ValueError(f"{path}:{statement.lineno}: only `name = text, number, True or False`")
 
@@ -110,8 +115,8 @@ def _coerce(where: str, text: str, hint: Any) -> Any:
     return value
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -90,9 +90,10 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the update (alpha / r) B A, (out, in), computed in at least float32."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.autocast(self.weight.device.type, enabled=False):
-            lora_A = self._grouped(self.lora_A)  # (G, r, in)
-            lora_B = self._grouped(self.lora_B)  # (G, out/G, r)
+            lora_A = self._grouped(self.lora_A.to(dtype))  # (G, r, in)
+            lora_B = self._grouped(self.lora_B.to(dtype))  # (G, out/G, r)
             return (lora_B @ lora_A).flatten(0, 1) * self.lora_scaling  # (out, in)
 
     def merged_weight(self) -> Tensor:

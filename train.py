@@ -1,0 +1,402 @@
+"""Fine-tune a GPT-2 on instruction prompts, with LoRA or in full, and score it on the test split.
+
+python train.py config/quickstart.py                 two minutes on a laptop, offline
+python train.py lora_rank=16 lora_alpha=64           gpt2-medium, as in the homework
+python train.py init_from=resume out_dir=out         go on where a run stopped
+torchrun --nproc_per_node=2 train.py ...             the same run, its batches shared by two devices
+"""
+
+import math
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import atomic_write, save_adapter
+from configurator import Bounds, configure, run_script
+from dataloader import Batch
+from distributed import end_processes, rank, start_processes, sum_over_ranks, world_size
+from generate import (
+    ModelSampler,
+    RunConfig,
+    build_model,
+    describe,
+    load_checkpoint,
+    make_loader,
+    run_dtype,
+    score,
+)
+from lora import check_state, count_parameters
+from model import GPT, autocast, resolve_dtype
+from runlog import (
+    MetricsLog,
+    changed_settings,
+    keep_metrics,
+    read_run,
+    refuse_other_run,
+    start_folder,
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings of `train.py`; the defaults are the homework's."""
+
+    init_from: Annotated[str, "gpt2-mini, gpt2, gpt2-medium, a hub id, a folder, or resume"] = (
+        "gpt2-medium"
+    )
+    overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
+    # data
+    train_size: Annotated[int, "reviews drawn from the training split; 0 is all", Bounds(0)] = 5000
+    block_size: Annotated[int, "longest sequence in tokens; 0 is the model's own", Bounds(0)] = 0
+    batch_size: Annotated[int, "reviews in one forward pass", Bounds(1)] = 64
+    gradient_accumulation_steps: Annotated[int, "passes per optimizer step", Bounds(1)] = 2
+    # model
+    lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0)] = 128
+    lora_alpha: Annotated[float, "the update is scaled by alpha / rank", Bounds(0)] = 512.0
+    lora_dropout: Annotated[float, "dropout on the input of A", Bounds(0, 1)] = 0.05
+    lora_targets: Annotated[str, "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; comma between"] = (
+        "c_attn"
+    )
+    lora_qkv: Annotated[
+        Literal["split", "shared"], "a pair each for q, k and v, or one A for the three"
+    ] = "split"
+    dropout: Annotated[float, "GPT-2's own dropout", Bounds(0, 1)] = 0.0
+    # optimizer (AdamW)
+    max_iters: Annotated[int, "optimizer steps", Bounds(0)] = 80
+    learning_rate: Annotated[float, "peak rate", Bounds(0)] = 2.5e-4
+    weight_decay: Annotated[float, "on matrices only", Bounds(0)] = 0.1
+    beta1: Annotated[float, "decay of the gradient's mean", Bounds(0, 1)] = 0.9
+    beta2: Annotated[float, "decay of the gradient's variance", Bounds(0, 1)] = 0.95
+    grad_clip: Annotated[float, "largest gradient norm; 0 is no limit", Bounds(0)] = 1.0
+    warmup_iters: Annotated[int, "steps of linear warm-up", Bounds(0)] = 0
+    decay_lr: Annotated[bool, "cosine decay down to min_lr"] = False
+    lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0 is max_iters", Bounds(0)] = 0
+    min_lr: Annotated[float, "rate at the end of the decay", Bounds(0)] = 2.5e-5
+    # evaluation and logging
+    eval_interval: Annotated[int, "steps between validations", Bounds(1)] = 10
+    eval_iters: Annotated[int, "validation batches; 0 is the whole split", Bounds(0)] = 0
+    eval_batch_size: Annotated[int, "reviews per batch in validation and test", Bounds(1)] = 64
+    eval_only: Annotated[bool, "validate once and stop"] = False
+    always_save_checkpoint: Annotated[bool, "save `last` at every validation"] = True
+    log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 1
+    wandb_project: Annotated[str, "Weights & Biases project"] = "lora-homework"
+    wandb_mode: Annotated[
+        Literal["auto", "online", "offline", "disabled"], "auto is online where a key is found"
+    ] = "auto"
+    # system
+    compile: Annotated[bool, "torch.compile the model"] = False
+    backend: Annotated[
+        Literal["auto", "nccl", "gloo"], "of torchrun's processes; auto is nccl on CUDA"
+    ] = "auto"
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss of the supervised tokens; the shared prefix runs once per batch."""
+    past = model.prefill(batch.prefix) if batch.prefix.numel() else None
+    return model(batch.inputs, batch.targets, past)[1]
+
+
+def learning_rate_at(iteration: int, config: TrainConfig) -> float:
+    """Linear warm-up, then constant, or a cosine from learning_rate down to min_lr."""
+    if iteration < config.warmup_iters:
+        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    steps = max(1, (config.lr_decay_iters or config.max_iters) - config.warmup_iters)
+    progress = min(1.0, (iteration - config.warmup_iters) / steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+
+
+def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; biases and layer norms are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=(config.beta1, config.beta2),
+    )
+
+
+def train_step(
+    model: nn.Module, batches: list[Batch], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, grad_clip: float, dtype: torch.dtype,
+) -> float:
+    """Take one optimizer step on a window of batches; return its loss in nats a token.
+
+    The loss is the sum over the supervised tokens of the whole window, on all ranks, over their
+    number, so that it does not depend on how the window is cut into batches.
+    """
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for batch in batches[rank() :: world_size()]:
+        with autocast(device, dtype):
+            loss = batch_loss(model, batch.to(device)) * (batch.supervised_tokens / supervised)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    trained = [group["params"] for group in optimizer.param_groups]
+    trained = [parameter for group in trained for parameter in group]
+    sum_over_ranks([total, *(parameter.grad for parameter in trained)])
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total.item()}")
+    scaler.unscale_(optimizer)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(trained, grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total.item()
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, batches: list[Batch], dtype: torch.dtype) -> float:
+    """Return the mean loss in nats over the supervised tokens of fixed batches."""
+    model.eval()
+    total = tokens = 0.0
+    with autocast(model.device, dtype):
+        for batch in batches:
+            total += batch_loss(model, batch.to(model.device)).item() * batch.supervised_tokens
+            tokens += batch.supervised_tokens
+    model.train()
+    return total / tokens
+
+
+class Run:
+    """A model in training: where it stands, and the folder that holds what it made.
+
+    The folder gets `config.json`, `metrics.jsonl`, `loss.png`, the checkpoints `best/` (lowest
+    validation loss) and `last/`, and `trainer_state.pt`, which alone is enough to go on from.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+        if config.gradient_accumulation_steps % world_size():
+            raise ValueError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a "
+                f"multiple of the {world_size()} processes that share them"
+            )
+        self.config, self.folder = config, Path(config.out_dir)
+        settings = asdict(config)
+        if not resume:
+            refuse_other_run(settings)
+        self.device = start_processes(config.device, config.backend)
+        self.dtype = run_dtype(config, self.device) if resume else resolve_dtype(
+            config.dtype, self.device)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.init_from, settings, self.device, self.dtype)
+        torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
+        self.loader = make_loader(settings, self.model)
+        self.loader.records("test")  # a missing split is told now, not after the training
+        number = config.eval_iters * config.eval_batch_size
+        self.validation = self.loader.validation_records(number)
+        self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
+        self.optimizer = configure_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.iteration, self.evaluated = 0, False
+        self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
+        if resume:
+            self.load_state()
+        elif rank() == 0:
+            count = count_parameters(self.model)
+            start_folder(settings, device=self.device.type, dtype=str(self.dtype).split(".")[1],
+                         processes=world_size(), parameters=count._asdict())
+        self.metrics = MetricsLog(settings, enabled=rank() == 0)
+        if config.compile:
+            for block in self.model.transformer.h:
+                block.compile(dynamic=True)
+
+    def evaluate(self) -> None:
+        """Validate, log, and save what has earned it."""
+        loss = validation_loss(self.model, self.validation_batches, self.dtype)
+        sampler = ModelSampler(self.model, self.loader, self.dtype, self.config.eval_batch_size)
+        results = score(sampler, self.validation)
+        self.evaluated = True
+        self.metrics.log(
+            self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
+            validation_garbage=results["garbage"],
+        )
+        if rank() > 0:
+            return
+        tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {describe(results)}")
+        improved = loss < self.checkpoints.get("best", {}).get("loss", math.inf)
+        last = self.iteration >= self.config.max_iters
+        if self.config.eval_only or (self.iteration == 0 and not last):
+            return  # an untrained model is no candidate
+        if improved:
+            self.save_checkpoint("best", loss)
+        if improved or last or self.config.always_save_checkpoint:
+            self.save_checkpoint("last", loss)
+            self.save_state()
+
+    def save_checkpoint(self, name: str, loss: float) -> None:
+        if self.config.lora_rank:
+            save_adapter(self.model, self.folder / name, self.config.init_from)
+        else:
+            self.model.save_pretrained(self.folder / name)
+        self.checkpoints[name] = {"iteration": self.iteration, "loss": loss}
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def save_state(self) -> None:
+        """Write all that the next step depends on; the data order follows from the iteration."""
+        state = {
+            "iteration": self.iteration, "evaluated": self.evaluated,
+            "checkpoints": self.checkpoints, "weights": self.trained_weights(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        with atomic_write(self.folder / "trainer_state.pt") as path:
+            torch.save(state, path)
+
+    def load_state(self) -> None:
+        """Go on where `save_state` was; later lines of `metrics.jsonl` are dropped."""
+        path = self.folder / "trainer_state.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged or not a trainer's state: {error}") from None
+        check_state(self.trained_weights(), state["weights"], str(path))
+        for name, weight in self.trained_weights().items():
+            weight.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.iteration, self.evaluated = state["iteration"], state["evaluated"]
+        self.checkpoints = state["checkpoints"]
+        if rank() == 0:
+            keep_metrics(self.folder, self.is_past)
+
+    def is_past(self, line: dict[str, float]) -> bool:
+        """Tell whether a metrics line belongs to what the saved state has done."""
+        done = self.evaluated and "validation_loss" in line
+        return line["iteration"] < self.iteration + done
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a step can end; the second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def fit(run: Run) -> None:
+    """Train until max_iters, validating on the way; a signal saves, then KeyboardInterrupt."""
+    config = run.config
+    window = config.batch_size * config.gradient_accumulation_steps
+    bar = tqdm(total=config.max_iters, initial=run.iteration, disable=rank() > 0, unit="step")
+    with stop_on_signal() as stopped, bar:
+        while not stopped:
+            finished = run.iteration >= config.max_iters
+            due = finished or run.iteration % config.eval_interval == 0
+            if config.eval_only or (due and not run.evaluated):
+                run.evaluate()
+            if finished or config.eval_only:
+                return
+            started = time.perf_counter()
+            rate = learning_rate_at(run.iteration, config)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            batches = run.loader.window(run.iteration, window, config.batch_size)
+            try:
+                loss = train_step(
+                    run.model, batches, run.optimizer, run.scaler, config.grad_clip, run.dtype)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {run.iteration}: {error}") from None
+            speed = window / (time.perf_counter() - started)
+            if run.iteration % config.log_interval == 0:
+                run.metrics.log(run.iteration, train_loss=loss, learning_rate=rate,
+                                reviews_per_second=speed)
+            run.iteration, run.evaluated = run.iteration + 1, False
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:.1f} reviews/s", refresh=False)
+            bar.update()
+        run.save_state()
+        print(f"stopped at step {run.iteration}; go on with init_from=resume "
+              f"out_dir={config.out_dir}", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+def score_test(run: Run) -> dict[str, dict[str, Any]]:
+    """Load both checkpoints as saved, score them on the test split, print a table."""
+    config, scores = run.config, {}
+    print(f"\n{'checkpoint':<12}{'step':>6}{'validation loss':>17}{'test accuracy':>15}"
+          f"{'95 % interval':>18}{'positive':>10}{'negative':>10}{'garbage':>9}{'constrained':>13}")
+    for name, saved in run.checkpoints.items():
+        model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
+        sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
+        scores[name] = row = score(sampler, run.loader.records("test"), run.folder / name)
+        low, high = row["interval_95"]
+        print(f"{name:<12}{saved['iteration']:>6}{saved['loss']:>17.4f}{row['accuracy']:>15.4f}"
+              f"{f'{low:.3f} to {high:.3f}':>18}{row['positive']:>10}{row['negative']:>10}"
+              f"{row['garbage']:>9}{row['constrained_accuracy']:>13.4f}")
+    return scores
+
+
+def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]]:
+    """Run `config` to its end; return the test results of the best and the last checkpoint."""
+    config = replace(config, lr_decay_iters=config.lr_decay_iters or config.max_iters)
+    run = Run(config, resume)
+    if rank() == 0:
+        count = count_parameters(run.model)
+        print(f"{config.init_from} on {run.device}, {run.dtype}: training {count.trained:,} of "
+              f"{count.total:,} parameters ({count.share:.2%}) on "
+              f"{len(run.loader.records('train')):,} reviews")
+    try:
+        fit(run)
+    finally:
+        run.metrics.close()
+        end_processes()
+    if config.eval_only or rank() > 0:
+        return {}
+    run.model = run.optimizer = None  # make room for the checkpoints
+    return score_test(run)
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the run in `out_dir` with what the command line changes.
+
+    Raises ValueError, naming them, for changes that would make it another run.
+    """
+    settings = read_run(config.out_dir)["settings"]
+    config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
+    config = replace(config, init_from=settings["init_from"])
+    # More iterations are welcome: the decay, if any, keeps the steps it was made for.
+    free = {"max_iters": config.max_iters, "eval_only": config.eval_only}
+    if changed := changed_settings(settings | free, asdict(config)):
+        raise ValueError(f"a resumed run keeps its settings, but {changed}")
+    return config
+
+
+def main(config: TrainConfig) -> None:
+    resume = config.init_from == "resume"
+    train(resumed(config) if resume else config, resume)
+
+
+if __name__ == "__main__":
+    run_script(main, TrainConfig)
