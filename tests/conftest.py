@@ -1,9 +1,11 @@
 """What the tests share: tiny random models in the hub's layout, and no way out to the network."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported; one test undoes it
 os.environ["WANDB_MODE"] = "disabled"
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models a second thread only waits
 
 import pytest
 import torch
@@ -22,3 +24,27 @@ def _seed() -> None:
 def tiny() -> GPT:
     """A random GPT-2 without adapters, 2 layers, 32 wide, 101 tokens."""
     return GPT(TINY)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random GPT-2 of the real vocabulary, 16 wide, in the hub's layout."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=16)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder data set of 48, 12 and 12 short reviews."""
+    folder = tmp_path_factory.mktemp("reviews")
+    words = {0: ("dull", "tedious", "lifeless"), 1: ("moving", "witty", "gorgeous")}
+    for split, rows in (("train", 48), ("validation", 12), ("test", 12)):
+        lines = [
+            {"text": f"{split} film {i} is {words[i % 2][i % 3]}" + " indeed" * (i % 5),
+             "label": i % 2}
+            for i in range(rows)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return str(folder)

@@ -18,7 +18,7 @@ from lora import is_lora_name, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, LORA_TARGETS, GPTConfig, autocast, resolve_device, resolve_dtype
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
-MODULES = dict(zip(LORA_TARGETS, ("attn.c_attn", *LORA_TARGETS[1:]), strict=True))
+MODULES = {target: target for target in LORA_TARGETS} | {"c_attn": "attn.c_attn"}
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -300,6 +300,13 @@ def test_dropout_acts_in_training_only(changes: dict[str, Any]) -> None:
     model.eval()
     equal(model(idx)[0], model(idx)[0])
     close(model(idx)[0], sure(idx)[0])
+
+
+@pytest.mark.parametrize("site", ["drop", "h.1.attn", "h.1.attn.resid_dropout", "h.1.mlp.dropout"])
+def test_each_dropout_of_gpt2_acts_by_itself(site: str) -> None:
+    model, idx = make(dropout=0.3).eval(), ids(2, 9)
+    model.transformer.get_submodule(site).training = True
+    assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
 @pytest.mark.parametrize("training", [True, False])

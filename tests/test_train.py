@@ -1,0 +1,328 @@
+"""The training step is exact, and a run's folder is all it takes to go on."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import runlog
+from dataloader import SentimentTask
+from generate import build_model, load_checkpoint, make_loader
+from lora import lora_layers, lora_state_dict
+from model import GPT
+from train import (
+    Run,
+    TrainConfig,
+    batch_loss,
+    configure_optimizer,
+    learning_rate_at,
+    resumed,
+    train,
+    train_step,
+    validation_loss,
+)
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture
+def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
+    """Eight steps of eight reviews, validated every third."""
+    return TrainConfig(
+        init_from=checkpoint, dataset=reviews, out_dir=str(tmp_path / "run"), device="cpu",
+        dtype="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, learning_rate=1e-2,
+        batch_size=4, gradient_accumulation_steps=2, max_iters=8, eval_interval=3,
+        wandb_mode="disabled",
+    )
+
+
+def fresh_model(config: TrainConfig) -> GPT:
+    """A model whose adapters have a B, so that gradients reach A."""
+    torch.manual_seed(0)
+    model = build_model(config.init_from, asdict(config), CPU, torch.float32)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model.train()
+
+
+def metrics(config: TrainConfig) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    lines = runlog.read_metrics(Path(config.out_dir))
+    return [{k: v for k, v in line.items() if k != "reviews_per_second"} for line in lines]
+
+
+def test_learning_rate_warms_up_then_follows_the_cosine_to_its_floor() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_iters=4, decay_lr=True, lr_decay_iters=14,
+                         min_lr=0.1, max_iters=20)
+    rates = [learning_rate_at(iteration, config) for iteration in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.55)
+    assert rates[14:] == pytest.approx([0.1] * 6)
+
+
+def test_learning_rate_is_constant_unless_it_decays() -> None:
+    config = TrainConfig(learning_rate=3e-4, max_iters=10, min_lr=1e-5)
+    assert {learning_rate_at(iteration, config) for iteration in range(10)} == {3e-4}
+
+
+def test_weight_decay_spares_biases_and_layer_norms(config: TrainConfig) -> None:
+    full = replace(config, lora_rank=0, weight_decay=0.3)
+    groups = configure_optimizer(fresh_model(full), full).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(parameter.ndim == 2 for parameter in groups[0]["params"])
+    assert all(parameter.ndim == 1 for parameter in groups[1]["params"])
+    assert groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_optimizer_holds_only_the_adapters(config: TrainConfig) -> None:
+    model = fresh_model(config)
+    held = {id(p) for group in configure_optimizer(model, config).param_groups
+            for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_one_by_eight_equals_four_by_two(config: TrainConfig, rank: int) -> None:
+    """Plain SGD shows the gradient itself; Adam would hide its scale."""
+    config = replace(config, lora_rank=rank, lora_dropout=0.0)
+    states, losses = [], []
+    for batch_size in (1, 4, 3, 8):  # 3: batches of 3, 3 and 2, so of unequal weight
+        model = fresh_model(config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        window = make_loader(asdict(config), model).window(2, 8, batch_size)
+        optimizer = torch.optim.SGD(trained, lr=1.0)
+        losses.append(train_step(model, window, optimizer, NO_SCALER, 0.0, torch.float32))
+        states.append(model.state_dict())
+    for state, loss in zip(states[1:], losses[1:], strict=True):
+        torch.testing.assert_close(state, states[0], rtol=1e-5, atol=1e-5)
+        assert loss == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_step_moves_only_the_adapters(config: TrainConfig) -> None:
+    model = fresh_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    window = make_loader(asdict(config), model).window(0, 8, 4)
+    train_step(model, window, configure_optimizer(model, config), NO_SCALER, 1.0, torch.float32)
+    moved = {name for name, tensor in model.state_dict().items()
+             if not torch.equal(tensor, before[name])}
+    assert moved == set(lora_state_dict(model))
+
+
+def test_gradient_clipping_bounds_the_step(config: TrainConfig) -> None:
+    def step_norm(grad_clip: float) -> float:
+        model = fresh_model(config)
+        before = lora_state_dict(model)
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        window = make_loader(asdict(config), model).window(0, 8, 4)
+        train_step(model, window, optimizer, NO_SCALER, grad_clip, torch.float32)
+        after = lora_state_dict(model)
+        return math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in before))
+
+    assert step_norm(0.0) > 0.02
+    assert step_norm(0.01) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_non_finite_loss_stops_before_any_weight_moves(config: TrainConfig) -> None:
+    model = fresh_model(config)
+    with torch.no_grad():
+        lora_layers(model)["transformer.h.0.attn.c_attn"].lora_B.fill_(math.inf)
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    window = make_loader(asdict(config), model).window(0, 8, 4)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train_step(model, window, configure_optimizer(model, config), NO_SCALER, 1.0, torch.float32)
+    torch.testing.assert_close(lora_state_dict(model), before, rtol=0, atol=0)
+
+
+def test_validation_loss_is_the_mean_over_supervised_tokens(config: TrainConfig) -> None:
+    model = fresh_model(config)
+    loader = make_loader(asdict(config), model)
+    records = loader.records("validation")
+    singly = [batch_loss(model.eval(), batch) for batch in loader.batches(records, 1)]
+    expected = float(torch.stack(singly).mean())  # each review supervises two tokens
+    for batch_size in (1, 5, 12):
+        found = validation_loss(model, loader.batches(records, batch_size), torch.float32)
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert model.training
+
+
+def test_run_leaves_the_folder_that_the_readme_promises(config: TrainConfig) -> None:
+    scores = train(config)
+    folder = Path(config.out_dir)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["settings"] == asdict(replace(config, lr_decay_iters=8))
+    assert described["dtype"] == "float32"
+    assert described["parameters"]["trained"] == 2 * 2 * 3 * 4 * 16
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = runlog.read_metrics(folder)
+    assert [line["iteration"] for line in lines if "validation_loss" in line] == [0, 3, 6, 8]
+    assert [line["iteration"] for line in lines if "train_loss" in line] == list(range(8))
+    for name in ("best", "last"):
+        assert {path.name for path in (folder / name).iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors", "results.json",
+            "predictions.jsonl",
+        }
+        results = json.loads((folder / name / "results.json").read_text())
+        assert results["accuracy"] == scores[name]["accuracy"]
+        assert results["n"] == 12
+
+
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss(config: TrainConfig) -> None:
+    config = replace(config, learning_rate=0.3, lora_dropout=0.0)  # too fast to only improve
+    train(config)
+    validated = {line["iteration"]: line["validation_loss"] for line in metrics(config)
+                 if "validation_loss" in line and line["iteration"] > 0}
+    settings, folder = asdict(config), Path(config.out_dir)
+    for name, expected in (("best", min(validated.values())), ("last", validated[8])):
+        model = load_checkpoint(folder / name, settings, CPU, torch.float32)
+        loader = make_loader(settings, model)
+        found = validation_loss(model, loader.batches(loader.records("validation"), 64),
+                                torch.float32)
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_full_fine_tuning_saves_a_whole_model(config: TrainConfig) -> None:
+    train(replace(config, lora_rank=0, max_iters=2, always_save_checkpoint=False))
+    last = Path(config.out_dir, "last")
+    assert {path.name for path in last.glob("*.safetensors")} == {"model.safetensors"}
+    base, tuned = GPT.from_pretrained(config.init_from), GPT.from_pretrained(str(last))
+    moved = [name for name, p in tuned.named_parameters()
+             if not torch.equal(p, base.get_parameter(name))]
+    assert len(moved) == len(list(base.parameters()))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_resumed_run_equals_an_uninterrupted_one(
+    config: TrainConfig, tmp_path: Path, stop_at: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, dropout included, though the decay was made for all eight steps."""
+    config = replace(config, lora_rank=rank, dropout=0.1, decay_lr=True, lr_decay_iters=8)
+    train(config)
+    parts = replace(config, out_dir=str(tmp_path / "parts"), max_iters=stop_at)
+    train(parts)
+    argv = ["train.py", "init_from=resume", f"out_dir={parts.out_dir}", "max_iters=8"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train(resumed(replace(parts, init_from="resume")), resume=True)
+    weights = "model.safetensors" if rank == 0 else "adapter_model.safetensors"
+    whole, resumed_weights = (
+        Path(run.out_dir, "last", weights).read_bytes() for run in (config, parts))
+    assert whole == resumed_weights
+    if stop_at % config.eval_interval == 0:  # else the first part validated once more, at its end
+        assert metrics(parts) == metrics(config)
+
+
+def test_resume_refuses_changes_that_would_make_it_another_run(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(replace(config, max_iters=1))
+    monkeypatch.setattr(sys, "argv", ["train.py", "init_from=resume", "lr=1", "log_interval=5"])
+    with pytest.raises(ValueError, match=r"keeps its settings, but learning_rate=0.01, now 1.0$"):
+        resumed(replace(config, init_from="resume"))
+
+
+def test_damaged_trainer_state_is_refused(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    state = Path(config.out_dir, "trainer_state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"trainer_state.pt is damaged"):
+        Run(config, resume=True)
+
+
+def test_folder_of_another_run_is_refused_unless_overwritten(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    other = replace(config, max_iters=1, lora_rank=2)
+    with pytest.raises(ValueError, match=r"lora_rank=4, now 2.*overwrite=True"):
+        train(other)
+    train(replace(other, overwrite=True))
+    assert runlog.read_run(config.out_dir)["settings"]["lora_rank"] == 2
+
+
+def test_same_settings_run_again_with_the_same_result(config: TrainConfig) -> None:
+    train(config)
+    first = metrics(config)
+    train(config)
+    assert metrics(config) == first
+
+
+def test_eval_only_validates_and_saves_no_weights(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(replace(config, eval_only=True)) == {}
+    assert "step 0: validation loss" in capsys.readouterr().out
+    assert [line["iteration"] for line in metrics(config)] == [0]
+    assert not list(Path(config.out_dir).rglob("*.safetensors"))
+
+
+def test_other_checkpoints_are_kept_only_when_asked(config: TrainConfig) -> None:
+    config = replace(config, learning_rate=0.0, lora_dropout=0.0, always_save_checkpoint=False)
+    run = Run(config)
+    run.iteration = 3
+    run.evaluate()
+    assert run.checkpoints["last"]["iteration"] == 3  # the first is always an improvement
+    run.iteration = 6
+    run.evaluate()
+    assert run.checkpoints["last"]["iteration"] == 3
+    run.config = replace(config, always_save_checkpoint=True)
+    run.evaluate()
+    assert run.checkpoints["last"]["iteration"] == 6
+    assert run.checkpoints["best"]["iteration"] == 3
+
+
+def test_validation_takes_eval_iters_batches_and_leaves_the_dice_alone(
+    config: TrainConfig,
+) -> None:
+    run = Run(replace(config, eval_iters=2, eval_batch_size=3))
+    assert len(run.validation) == 6
+    before = torch.get_rng_state()
+    run.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_prompt_of_training_is_the_prompt_of_scoring(config: TrainConfig) -> None:
+    train(replace(config, prompt="terse", max_iters=1))
+    settings = runlog.read_run(config.out_dir)["settings"]
+    assert SentimentTask(settings["prompt"]).template == SentimentTask("terse").template
+
+
+def test_compiled_model_trains_like_the_plain_one(config: TrainConfig, tmp_path: Path) -> None:
+    plain = replace(config, max_iters=2, lora_dropout=0.0)
+    train(plain)
+    compiled = replace(plain, compile=True, out_dir=str(tmp_path / "compiled"))
+    train(compiled)
+    for one, other in zip(metrics(plain), metrics(compiled), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_lose_what_one_does(
+    config: TrainConfig, tmp_path: Path, processes: int
+) -> None:
+    train(replace(config, lora_dropout=0.0))
+    changes = {"out_dir": str(tmp_path / "torchrun"), "lora_dropout": 0.0}
+    settings = [f"{k}={v}" for k, v in asdict(config).items() if v != ""]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", "train.py", *settings,
+               *(f"{k}={v}" for k, v in changes.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    together = runlog.read_metrics(tmp_path / "torchrun")
+    for line, alone in zip(together, runlog.read_metrics(Path(config.out_dir)), strict=True):
+        for key in ("train_loss", "validation_loss"):
+            assert line.get(key, 0) == pytest.approx(alone.get(key, 0), abs=1e-6)
+
+
+def test_processes_that_cannot_share_the_window_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
+        Run(config)
