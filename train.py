@@ -7,7 +7,6 @@ torchrun --nproc_per_node=2 train.py ...             the same run, its batches s
 """
 
 import math
-import pickle
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import atomic_write, save_adapter
+from checkpoint import read_state, save_adapter, write_state
 from configurator import Bounds, configure, run_script
 from dataloader import Batch
 from distributed import end_processes, rank, start_processes, sum_over_ranks, world_size
@@ -46,14 +45,15 @@ from runlog import (
     start_folder,
 )
 
+Qkv = Literal["split", "shared"]
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+Backend = Literal["auto", "nccl", "gloo"]
+
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """Settings of `train.py`; the defaults are the homework's."""
 
-    init_from: Annotated[str, "gpt2-mini, gpt2, gpt2-medium, a hub id, a folder, or resume"] = (
-        "gpt2-medium"
-    )
     overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
     # data
     train_size: Annotated[int, "reviews drawn from the training split; 0 is all", Bounds(0)] = 5000
@@ -64,12 +64,8 @@ class TrainConfig(RunConfig):
     lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0)] = 128
     lora_alpha: Annotated[float, "the update is scaled by alpha / rank", Bounds(0)] = 512.0
     lora_dropout: Annotated[float, "dropout on the input of A", Bounds(0, 1)] = 0.05
-    lora_targets: Annotated[str, "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; comma between"] = (
-        "c_attn"
-    )
-    lora_qkv: Annotated[
-        Literal["split", "shared"], "a pair each for q, k and v, or one A for the three"
-    ] = "split"
+    lora_targets: Annotated[str, "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"] = "c_attn"
+    lora_qkv: Annotated[Qkv, "a pair each for q, k and v, or one A for the three"] = "split"
     dropout: Annotated[float, "GPT-2's own dropout", Bounds(0, 1)] = 0.0
     # optimizer (AdamW)
     max_iters: Annotated[int, "optimizer steps", Bounds(0)] = 80
@@ -90,14 +86,10 @@ class TrainConfig(RunConfig):
     always_save_checkpoint: Annotated[bool, "save `last` at every validation"] = True
     log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 1
     wandb_project: Annotated[str, "Weights & Biases project"] = "lora-homework"
-    wandb_mode: Annotated[
-        Literal["auto", "online", "offline", "disabled"], "auto is online where a key is found"
-    ] = "auto"
+    wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "auto"
     # system
-    compile: Annotated[bool, "torch.compile the model"] = False
-    backend: Annotated[
-        Literal["auto", "nccl", "gloo"], "of torchrun's processes; auto is nccl on CUDA"
-    ] = "auto"
+    compile: Annotated[bool, "torch.compile the blocks"] = False
+    backend: Annotated[Backend, "of torchrun's processes; auto is nccl on CUDA"] = "auto"
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -260,17 +252,13 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
-        with atomic_write(self.folder / "trainer_state.pt") as path:
-            torch.save(state, path)
+        write_state(self.folder / "trainer_state.pt", state)
 
     def load_state(self) -> None:
         """Go on where `save_state` was; later lines of `metrics.jsonl` are dropped."""
         path = self.folder / "trainer_state.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged or not a trainer's state: {error}") from None
-        check_state(self.trained_weights(), state["weights"], str(path))
+        state = read_state(path)
+        check_state(self.trained_weights(), state.get("weights", {}), str(path))
         for name, weight in self.trained_weights().items():
             weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -113,12 +113,13 @@ def test_unprefixed_keys_masks_and_half_precision_load(tmp_path: Path, dtype: to
 
 
 def test_saved_weights_load_in_transformers_bit_equal(base: Path, tmp_path: Path) -> None:
-    model = GPT.from_pretrained(str(base), dropout=0.1).eval()
+    model = GPT.from_pretrained(str(base), dropout=0.3).eval()
     model.save_pretrained(tmp_path / "ours")
     reference = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
     equal(hub_tensors(reference), dict(model.state_dict()))
     close(reference(IDX).logits, model(IDX)[0])
-    assert reference.config.resid_pdrop == 0.1
+    config = reference.config
+    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.3
     equal(dict(GPT.from_pretrained(str(tmp_path / "ours")).state_dict()), dict(model.state_dict()))
 
 
@@ -209,6 +210,7 @@ def test_config_that_is_no_object_is_refused(base: Path) -> None:
 # ---- adapters in PEFT's layout ----
 
 
+@pytest.mark.filterwarnings("error:.*fan_in_fan_out")
 @pytest.mark.parametrize("qkv", ["split", "shared"])
 @pytest.mark.parametrize(
     "targets", [("c_attn",), ("mlp.c_proj",), ("attn.c_proj", "mlp.c_fc"), LORA_TARGETS]
@@ -455,13 +457,13 @@ def test_hub_out_of_reach_still_serves_the_cache(hub: Hub, answers: dict[str, An
         closed.bind(("127.0.0.1", 0))
         answers = hub.ask("gpt2", "distilgpt2", port=closed.getsockname()[1])
     close(torch.tensor(answers["gpt2"]), hub.reference(IDX).logits)
-    assert_one_line(answers["distilgpt2"], "distilgpt2", CONFIG, "connection")
+    assert_one_line(answers["distilgpt2"], "distilgpt2", CONFIG, "[Cc]onnection")
 
 
 def test_offline_and_not_cached_is_one_clear_line_and_no_request(hub: Hub) -> None:
     hub.requests.clear()
     answers = hub.ask("gpt2-xl", offline="1")
-    assert_one_line(answers["gpt2-xl"], "gpt2-xl", CONFIG, "cannot find .* in the local cache")
+    assert_one_line(answers["gpt2-xl"], "gpt2-xl", CONFIG, "(local cache|offline mode)")
     assert hub.requests == []
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -300,29 +299,3 @@ def test_compiled_model_trains_like_the_plain_one(config: TrainConfig, tmp_path:
     train(compiled)
     for one, other in zip(metrics(plain), metrics(compiled), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-
-
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_lose_what_one_does(
-    config: TrainConfig, tmp_path: Path, processes: int
-) -> None:
-    train(replace(config, lora_dropout=0.0))
-    changes = {"out_dir": str(tmp_path / "torchrun"), "lora_dropout": 0.0}
-    settings = [f"{k}={v}" for k, v in asdict(config).items() if v != ""]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", "train.py", *settings,
-               *(f"{k}={v}" for k, v in changes.items())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    together = runlog.read_metrics(tmp_path / "torchrun")
-    for line, alone in zip(together, runlog.read_metrics(Path(config.out_dir)), strict=True):
-        for key in ("train_loss", "validation_loss"):
-            assert line.get(key, 0) == pytest.approx(alone.get(key, 0), abs=1e-6)
-
-
-def test_processes_that_cannot_share_the_window_are_refused(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
-        Run(config)

@@ -1,0 +1,110 @@
+"""What README, notebook and presets say is true: each command parses, each file exists."""
+
+import ast
+import importlib
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from configurator import configure
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
+CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig"}
+
+
+def script_lines(text: str) -> list[str]:
+    """Every `python train.py …` or `torchrun … train.py …` of a text."""
+    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate)\.py[^`\n|]*"
+    return [line.strip() for line in re.findall(pattern, text)]
+
+
+def notebook_lines() -> list[str]:
+    """The notebook's commands, with the values of its parameter cell filled in."""
+    cells = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+    parameters = {node.targets[0].id: ast.literal_eval(node.value)
+                  for node in ast.parse(cells[0]).body}
+    lines = script_lines("\n".join(cells))
+    return [re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], line) for line in lines]
+
+
+@pytest.mark.parametrize("line", script_lines(README) + notebook_lines())
+def test_every_documented_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    script = next(word for word in words if word in CONFIGS)
+    arguments = [word for word in words[words.index(script) + 1 :] if word != "..."]
+    cls = getattr(importlib.import_module(script.removesuffix(".py")), CONFIGS[script])
+    if arguments == ["--help"]:
+        return
+    assert configure(cls, arguments)
+
+
+def test_documentation_has_commands_to_check() -> None:
+    assert len(script_lines(README)) > 10
+    assert len(notebook_lines()) >= 8
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_every_preset_parses_and_has_an_out_dir_of_its_own(preset: Path) -> None:
+    assert configure(TrainConfig, [str(preset)]).out_dir == f"out/{preset.stem}"
+
+
+def test_homework_defaults_are_the_handouts() -> None:
+    config = TrainConfig()
+    assert (config.init_from, config.lora_rank, config.lora_alpha) == ("gpt2-medium", 128, 512.0)
+    assert (config.lora_dropout, config.dropout, config.learning_rate) == (0.05, 0.0, 2.5e-4)
+    assert config.max_iters == 80
+    assert config.batch_size * config.gradient_accumulation_steps == 128
+    handout = configure(TrainConfig, [str(ROOT / "config/handout.py")])
+    assert (handout.batch_size, handout.gradient_accumulation_steps) == (4, 32)
+    assert (handout.lora_qkv, handout.lora_targets) == ("shared", "c_attn,attn.c_proj")
+
+
+def test_settings_table_has_the_defaults_of_the_code() -> None:
+    defaults = {field.name: str(field.default) for field in fields(TrainConfig)}
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| ([^|]+) \|", README, re.MULTILINE)
+    checked = 0
+    for names, values in rows:
+        names, values = re.findall(r"\w+", names), re.findall(r"[\w-]+", values)
+        if names[0] in defaults:
+            assert [float(v) if v.isdigit() else v for v in values] == [
+                float(defaults[n]) if values[0].isdigit() else defaults[n] for n in names]
+            checked += 1
+    assert checked >= 7
+
+
+def test_readme_is_short_and_starts_with_the_two_commands() -> None:
+    assert len(README.splitlines()) <= 150
+    first, second = re.findall(r"^```\n(.*)\n```$", README, re.MULTILINE)[:2]
+    assert first == "pip install -r requirements.txt && python train.py config/quickstart.py"
+    assert second == "pip install -r requirements-dev.txt && pytest"
+
+
+def test_file_map_names_every_module_and_no_other() -> None:
+    rows = README.split("## Files")[1]
+    assert set(re.findall(r"`(\w+\.py)`", rows)) == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_each_module_has_its_test_file() -> None:
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert {path.stem for path in ROOT.glob("*.py")} <= tested
+
+
+def test_notebook_is_clean_and_leaves_torch_alone() -> None:
+    for cell in NOTEBOOK.cells:
+        assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None)
+    source = "\n".join(cell.source for cell in NOTEBOOK.cells)
+    assert "pip install --quiet -r requirements.txt" in source
+    assert re.search(r"^torch>=2\.6,<2\.14 ", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+
+
+def test_no_preset_or_script_holds_a_secret() -> None:
+    assert "wandb_api.json" in (ROOT / ".gitignore").read_text().splitlines()
+    assert not (ROOT / "wandb_api.json").exists()

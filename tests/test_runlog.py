@@ -1,0 +1,88 @@
+"""What a run writes about itself, and how tracking stays optional."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import runlog
+
+
+def test_changed_settings_names_both_values_and_skips_what_only_reports() -> None:
+    old = {"lora_rank": 4, "seed": 1, "log_interval": 1}
+    new = {"lora_rank": 8, "seed": 1, "log_interval": 5}
+    assert runlog.changed_settings(old, new) == "lora_rank=4, now 8"
+    assert runlog.changed_settings(old, old) == ""
+
+
+def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
+    lines = '{"iteration": 0, "train_loss": 1.0}\n{"iteration": 1, "tra'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert runlog.read_metrics(tmp_path) == [{"iteration": 0, "train_loss": 1.0}]
+    runlog.keep_metrics(tmp_path, lambda line: line["iteration"] < 9)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines.splitlines()[0] + "\n"
+
+
+def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:
+    for name in ("best/x", "last/x", "metrics.jsonl", "trainer_state.pt", "loss.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    runlog.start_folder({"out_dir": str(tmp_path)}, device="cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["device"] == "cpu"
+    assert set(described["versions"]) == {"python", "torch"}
+
+
+def test_loss_plot_needs_no_metrics(tmp_path: Path) -> None:
+    runlog.plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "key", "expected"),
+    [
+        ("auto", {}, None, "offline"),
+        ("auto", {}, "netrc", "online"),
+        ("auto", {"WANDB_MODE": "disabled"}, "netrc", "disabled"),
+        ("offline", {"WANDB_MODE": "online"}, "netrc", "offline"),
+        ("online", {}, None, "online"),
+    ],
+)
+def test_wandb_is_online_only_where_a_key_is(
+    wanted: str, environment: dict[str, str], key: str | None, expected: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runlog.wandb_mode(wanted, lambda: key) == expected
+
+
+def test_key_file_is_read_but_never_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.delenv("WANDB_API_KEY")
+    Path("wandb_api.json").write_text('{"key": "planted-key"}')
+    mode = runlog.wandb_mode("auto", lambda: runlog.os.environ["WANDB_API_KEY"])
+    assert (mode, runlog.os.environ["WANDB_API_KEY"]) == ("online", "planted-key")
+    assert "planted-key" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("content", ["not json", "{}"])
+def test_unusable_key_file_turns_tracking_off_with_a_line(
+    content: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    Path("wandb_api.json").write_text(content)
+    settings = {"wandb_mode": "auto", "wandb_project": "p", "out_dir": str(tmp_path)}
+    assert runlog.start_wandb(settings) is None
+    assert capsys.readouterr().out.startswith("wandb: off, ")
