@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -121,8 +125,9 @@ def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]
     for field, allowed in HUB_FIXED.items():
         if hub.get(field, allowed) != allowed:
             raise ValueError(f"{name_or_dir}: {field}={hub[field]!r}, but GPT-2 has {allowed!r}")
-    if missing := [field for field in HUB_FIELDS if field not in hub]:
-        raise ValueError(f"{name_or_dir}: {CONFIG} lacks {', '.join(missing)}")
+    for field in HUB_FIELDS:
+        if not isinstance(hub.get(field), int | float) or hub[field] <= 0:
+            raise ValueError(f"{name_or_dir}: {CONFIG} needs a positive number as {field}")
     shape = {ours: hub[field] for field, ours in HUB_FIELDS.items()}
     weights = {}
     for name, tensor in read_tensors(_find(name_or_dir, WEIGHTS)).items():
@@ -163,21 +168,22 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
     PEFT knows one pair a layer, so a layer of G groups becomes the exactly equal adapter of rank
     G·r whose B is block diagonal; its scaling stays (G·alpha) / (G·r).
     """
-    layers, patterns, tensors = lora_layers(model), {"rank": {}, "alpha": {}}, {}
+    layers, tensors, ranks, alphas = lora_layers(model), {}, {}, {}
+    if not layers:
+        raise ValueError("the model has no adapters (lora_rank=0)")
     for name, layer in layers.items():
-        rank, leaf = layer.lora_B.size(1), ".".join(name.split(".")[-2:])
+        leaf, rank = ".".join(name.split(".")[-2:]), layer.lora_B.size(1)  # "attn.c_attn"
         if layer.lora_groups > 1:
-            patterns["rank"][leaf] = layer.lora_groups * rank
-            patterns["alpha"][leaf] = layer.lora_groups * rank * layer.lora_scaling
+            ranks[leaf] = layer.lora_groups * rank
+            alphas[leaf] = layer.lora_groups * layer.lora_alpha
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.block_diag(
-            *layer._grouped(layer.lora_B.detach())
-        )
+        blocks = layer.lora_B.detach().chunk(layer.lora_groups)  # each (out/G, r)
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.block_diag(*blocks)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "r": rank, "lora_alpha": rank * layer.lora_scaling, "lora_dropout": layer.lora_dropout.p,
+        "r": rank, "lora_alpha": layer.lora_alpha, "lora_dropout": layer.lora_dropout.p,
         "target_modules": sorted({".".join(name.split(".")[-2:]) for name in layers}),
-        "rank_pattern": patterns["rank"], "alpha_pattern": patterns["alpha"],
+        "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
     }
     return config, tensors
@@ -221,11 +227,15 @@ def _find(name_or_dir: str, file: str) -> Path:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}")
         return folder / file
-    hub_logging.set_verbosity_error()  # its retries would bury the one line that matters
     try:
+        cached = try_to_load_from_cache(name_or_dir, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        # Ask once, so that a hub out of reach is told at once: the download retries for 23 s.
+        get_hf_file_metadata(hf_hub_url(name_or_dir, file))
         return Path(hf_hub_download(name_or_dir, file))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the hub's client lets its HTTP library's errors through
+        reason = " ".join(str(error).split())
         raise OSError(
             f"{name_or_dir!r} is no folder here and the hub did not give its {file}: {reason}"
         ) from None

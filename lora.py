@@ -45,7 +45,7 @@ class LoRALinear(nn.Linear):
         if lora_rank == 0:
             return
         self.lora_groups = lora_groups
-        self.lora_scaling = lora_alpha / lora_rank
+        self.lora_alpha, self.lora_scaling = lora_alpha, lora_alpha / lora_rank
         self.lora_dropout = nn.Dropout(lora_dropout)
         # Not a copy in the checkpoint, but it must follow the module from device to device.
         self.register_buffer("_unmerged_weight", None, persistent=False)

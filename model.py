@@ -19,6 +19,7 @@ from checkpoint import END_OF_TEXT, read_hub_layout, write_hub_layout
 from lora import LoRALinear, check_state, is_lora_name, lora_layers
 
 IGNORE = -100  # target of a position that is not supervised
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 # Keys and values of every layer, each (B or 1, H, P, D).
@@ -53,6 +54,8 @@ class GPTConfig:
             )
         if self.lora_rank and not self.lora_targets:
             raise ValueError(f"lora_rank={self.lora_rank} needs at least one of lora_targets")
+        if self.lora_qkv not in ("split", "shared"):
+            raise ValueError(f"lora_qkv={self.lora_qkv!r} must be split or shared")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
@@ -158,11 +161,7 @@ class GPT(nn.Module):
 
         Raises ValueError if the sequence with its past is longer than the block size.
         """
-        length = idx.size(1) + cache_length(past)
-        if length > self.config.block_size:
-            raise ValueError(
-                f"sequence of {length} tokens is longer than block_size={self.config.block_size}"
-            )
+        self._check_length(idx.size(1) + cache_length(past))
         x, _ = self._run_blocks(idx, past)
         if targets is None:
             return self._head(x), None
@@ -172,7 +171,13 @@ class GPT(nn.Module):
 
     def prefill(self, idx: Tensor) -> Cache:
         """Return the keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
+        self._check_length(idx.size(1))
         return self._run_blocks(idx)[1]
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.block_size
+        if length > limit:
+            raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
 
     def _run_blocks(
         self, idx: Tensor, past: Cache | None = None,
@@ -271,8 +276,8 @@ class GPT(nn.Module):
 
     def store_frozen_matrices(self, dtype: torch.dtype) -> None:
         """Keep frozen matrices in the compute `dtype`; autocast would cast them on every use."""
-        for parameter in self.parameters():
-            if parameter.ndim == 2 and not parameter.requires_grad:
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and not (parameter.requires_grad or is_lora_name(name)):
                 parameter.data = parameter.data.to(dtype)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -318,8 +323,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
     a CPU bfloat16 if it has the instructions and they pay, else float32.
     """
+    if name in DTYPES:
+        return DTYPES[name]
     if name != "auto":
-        return getattr(torch, name)
+        raise ValueError(f"dtype={name!r} must be one of auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16

@@ -160,7 +160,7 @@ def test_config_without_a_shape_field_is_refused(base: Path, field: str) -> None
     config = read_json(base / CONFIG)
     del config[field]
     write_json(base / CONFIG, config)
-    with pytest.raises(ValueError, match=f"config.json lacks {field}$"):
+    with pytest.raises(ValueError, match=f"config.json needs a positive number as {field}$"):
         GPT.from_pretrained(str(base))
 
 

@@ -323,9 +323,12 @@ def test_residual_stream_stays_float32_over_bfloat16_matrices(training: bool) ->
     assert (logits - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("prepare", [mark_only_lora_as_trainable, GPT.eval])
-def test_only_frozen_matrices_are_stored_in_lower_precision(prepare: Callable) -> None:
-    model = prepare(make(**ADAPTERS))
+@pytest.mark.parametrize(
+    "freeze", [mark_only_lora_as_trainable, lambda model: model.requires_grad_(False)],
+    ids=["base", "all"],
+)
+def test_only_frozen_matrices_are_stored_in_lower_precision(freeze: Callable) -> None:
+    model = freeze(make(**ADAPTERS))
     model.store_frozen_matrices(torch.bfloat16)
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and not is_lora_name(name)
