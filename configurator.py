@@ -37,6 +37,8 @@ def configure(
     hints = get_type_hints(cls, include_extras=True)
     names = [*hints, *(alias for alias, name in ALIASES.items() if name in hints)]
     values = dict(defaults or {})
+    if unknown := values.keys() - hints.keys():
+        raise ValueError(f"saved by another version: unknown {', '.join(sorted(unknown))}")
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
             print(_help(cls, hints))
@@ -76,7 +78,7 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
 
 def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
     try:
-        source = Path(path).read_text("utf-8")
+        source = Path(path).read_text("utf-8-sig")
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
@@ -90,7 +92,8 @@ def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
             case ast.Assign([ast.Name(name)], ast.Constant(str(text))):
                 yield place, name, text
             case ast.Assign([ast.Name(name)], (
-                ast.Constant(int() | float()) | ast.UnaryOp(ast.USub(), ast.Constant())
+                ast.Constant(int() | float())
+                | ast.UnaryOp(ast.USub(), ast.Constant(int() | float()))
             ) as number):
                 yield place, name, ast.get_source_segment(source, number)
             case _:
@@ -110,8 +113,10 @@ def _coerce(where: str, text: str, hint: Any) -> Any:
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where} must be {KINDS[kind]}")
-    if bounds and not bounds[0].low <= value <= bounds[0].high:
-        raise ValueError(f"{where} must be from {bounds[0].low:g} to {bounds[0].high:g}")
+    low, high = bounds[0] if bounds else (-math.inf, math.inf)
+    if kind is not str and not low <= value <= high:
+        limit = f"at least {low:g}" if value < low else f"at most {high:g}"
+        raise ValueError(f"{where} must be {limit}")
     return value
 
 

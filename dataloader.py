@@ -103,7 +103,7 @@ class SentimentTask:
         return record | {"label": int(record["label"])}
 
     def prompt(self, record: Record) -> str:
-        return self.template.replace("{text}", record["text"])
+        return get_sentiment_prompt(record["text"], prompt=self.template)
 
     def answer(self, record: Record) -> str:
         return f" {self.labels[record['label']]}"

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import atomic_write, load_adapter, write_json
+from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
 from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, pad
-from lora import mark_only_lora_as_trainable
-from model import GPT, autocast, resolve_device, resolve_dtype
+from devices import autocast, device_name, out_of_memory_told, resolve_device, resolve_dtype
+from model import GPT, load_checkpoint
 from runlog import read_run
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -38,7 +38,7 @@ class RunConfig:
     out_dir: Annotated[str, "folder of the run"] = "out"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
-    seed: Annotated[int, "fixes adapters, data order, dropout and sampling"] = 1337
+    seed: Annotated[int, "of adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "rotten_tomatoes"
     prompt: Annotated[str, "default, terse, detailed, question, or any with {text}"] = "default"
 
@@ -48,20 +48,20 @@ class GenerateConfig(RunConfig):
     """Settings of `generate.py`."""
 
     init_from: Annotated[str, "resume (a run in out_dir), or an untrained model"] = "resume"
-    checkpoint: Annotated[Literal["best", "last"], "which checkpoint of the run"] = "best"
+    checkpoint: Annotated[Literal["best", "last"], "of the run (with resume)"] = "best"
     dataset: Annotated[str, "as in train.py; auto is the run's, else rotten_tomatoes"] = "auto"
     prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     text: Annotated[str, "label this text instead of scoring a split"] = ""
     max_new_tokens: Annotated[int, "longest answer, in tokens", Bounds(1)] = 5
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
-    top_k: Annotated[int, "sample among the k likeliest tokens; 0 is all", Bounds(0)] = 0
+    top_k: Annotated[int, "sample among the k likeliest; 0 is all; 1 is greedy", Bounds(0)] = 0
     batch_size: Annotated[int, "prompts per batch", Bounds(1)] = 64
 
 
 # The settings behind a model that was never trained here.
 UNTRAINED = {"dataset": RunConfig.dataset, "prompt": RunConfig.prompt, "block_size": 0,
-             "train_size": 0, "seed": RunConfig.seed}
+             "train_size": 0, "seed": RunConfig.seed, "dtype": RunConfig.dtype}
 
 
 class Prediction(NamedTuple):
@@ -123,6 +123,14 @@ class ModelSampler:
         parse = self.loader.task.parse
         return [Prediction(text, parse(text), row) for text, row in zip(texts, odds, strict=True)]
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the answers depend on beside the weights."""
+        return {
+            "dataset": self.loader.dataset, "prompt": self.loader.task.template,
+            "dtype": str(self.dtype).removeprefix("torch."), "temperature": self.temperature,
+            "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
+        }
+
     def _text(self, ids: list[int]) -> str:
         end = self.loader.tokenizer.eot_token
         return self.loader.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
@@ -173,7 +181,7 @@ def score(
     it, and every prediction to `predictions{suffix}.jsonl`."""
     predictions = sampler.predict_labels(records, progress="scoring" if folder else "")
     labels = [record["label"] for record in records]
-    results = summarize(labels, predictions, sampler.loader.task.labels)
+    results = summarize(labels, predictions, sampler.loader.task.labels) | sampler.describe()
     if folder is None:
         return results
     write_json(folder / f"results{suffix}.json", results)
@@ -182,33 +190,6 @@ def score(
             row = {"text": record["text"], "truth": record["label"], **prediction._asdict()}
             file.write(json.dumps(row) + "\n")
     return results
-
-
-def build_model(
-    name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> GPT:
-    """Load the checkpoint `name` with fresh adapters as `settings` say, ready to train on `device`.
-
-    Beside adapters, which stay float32, the frozen matrices are stored in the compute `dtype`.
-    """
-    lora = {key: settings[key] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv")}
-    targets = tuple(target.strip() for target in settings["lora_targets"].split(","))
-    model = GPT.from_pretrained(name, dropout=settings["dropout"], lora_targets=targets, **lora)
-    if settings["lora_rank"]:
-        mark_only_lora_as_trainable(model)
-        model.store_frozen_matrices(dtype)
-    return model.to(device)
-
-
-def load_checkpoint(
-    folder: Path, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> GPT:
-    """Load what a run with `settings` saved in `folder`: adapters on their base, or all weights."""
-    if not settings["lora_rank"]:
-        return build_model(str(folder), settings, device, dtype)
-    model = build_model(settings["init_from"], settings, device, dtype)
-    load_adapter(model, folder)
-    return model
 
 
 def slug(text: str) -> str:
@@ -229,16 +210,24 @@ def results_suffix(config: GenerateConfig, settings: Mapping[str, Any]) -> str:
         parts.append(f"temperature{config.temperature:g}_top{config.top_k}_seed{config.seed}")
     if config.max_new_tokens != GenerateConfig.max_new_tokens:
         parts.append(f"tokens{config.max_new_tokens}")
+    if config.dtype not in ("auto", settings["dtype"]):
+        parts.append(config.dtype)
     return "".join(f"-{part}" for part in parts)
 
 
 def describe(results: Mapping[str, Any]) -> str:
     low, high = results["interval_95"]
+    counts = ", ".join(f"{results[word]} {word}" for word in answer_words(results))
     return (
         f"accuracy {results['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
-        f"n={results['n']}): {results['positive']} positive, {results['negative']} negative, "
-        f"{results['garbage']} garbage; constrained accuracy {results['constrained_accuracy']:.4f}"
+        f"n={results['n']}): {counts}; "
+        f"constrained accuracy {results['constrained_accuracy']:.4f}"
     )
+
+
+def answer_words(results: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the confusion matrix: the label words and "garbage"."""
+    return [*results["confusion"], "garbage"]
 
 
 def label_text(sampler: ModelSampler, text: str) -> None:
@@ -274,17 +263,19 @@ def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, An
         model = GPT.from_pretrained(config.init_from).to(device)
         return model, resolve_dtype(config.dtype, device), dict(UNTRAINED), folder
     folder, dtype = Path(config.out_dir, config.checkpoint), run_dtype(config, device)
-    settings = read_run(config.out_dir)["settings"]
+    run = read_run(config.out_dir)
+    settings = run["settings"] | {"dtype": run["dtype"]}  # what auto came to
     return load_checkpoint(folder, settings, device, dtype), dtype, settings, folder
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """Resolve the dtype for a run in `out_dir`: auto is the one it had, on a device of its kind."""
+    """Resolve the dtype for a run in `out_dir`: auto is what it had on hardware like this."""
     run = read_run(config.out_dir)
-    own = config.dtype == "auto" and run["device"] == device.type
+    own = config.dtype == "auto" and run["device"] == device_name(device)
     return resolve_dtype(run["dtype"] if own else config.dtype, device)
 
 
+@out_of_memory_told()
 def main(config: GenerateConfig) -> None:
     torch.manual_seed(config.seed)
     model, dtype, settings, folder = load_subject(config)

@@ -72,8 +72,9 @@ class LoRALinear(nn.Linear):
         h = super().forward(x)  # (..., out)
         if self.has_weights_merged or not self.is_lora():
             return h
-        # The casts do nothing in float32 and under autocast; they serve a bare float16 layer.
-        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if not torch.is_autocast_enabled(x.device.type):  # a bare layer of lower precision
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         down = F.linear(self.lora_dropout(x), lora_A) * self.lora_scaling  # (..., G·r)
         if self.lora_groups == 1:
             return h + F.linear(down, lora_B)  # (..., r) x (r, out) -> (..., out)

@@ -4,9 +4,7 @@ Dimensions: B batch, T tokens, P tokens already in the cache, C width (n_embd), 
 V vocabulary. Tensor names are GPT-2's own, so that its published checkpoints load as they are.
 """
 
-import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import END_OF_TEXT, read_hub_layout, write_hub_layout
-from lora import LoRALinear, check_state, is_lora_name, lora_layers
+from checkpoint import END_OF_TEXT, load_adapter, read_hub_layout, write_hub_layout
+from lora import (
+    LoRALinear,
+    check_state,
+    is_lora_name,
+    lora_layers,
+    mark_only_lora_as_trainable,
+)
 
 IGNORE = -100  # target of a position that is not supervised
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 # Keys and values of every layer, each (B or 1, H, P, D).
@@ -165,9 +168,9 @@ class GPT(nn.Module):
         x, _ = self._run_blocks(idx, past)
         if targets is None:
             return self._head(x), None
-        supervised = targets != IGNORE
+        supervised = (targets != IGNORE).nonzero(as_tuple=True)
         logits = self._head(x[supervised])
-        return logits, F.cross_entropy(logits.float(), targets[supervised])
+        return logits, F.cross_entropy(logits, targets[supervised])
 
     def prefill(self, idx: Tensor) -> Cache:
         """Return the keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
@@ -200,7 +203,10 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x), cache
 
     def _head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.transformer.wte.weight)  # (..., C) x (C, V) -> (..., V)
+        """Return logits in the embedding's own precision: 16 bits would tie the label words."""
+        weight = self.transformer.wte.weight
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight)  # (..., C) x (C, V) -> (..., V)
 
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -235,7 +241,7 @@ class GPT(nn.Module):
         x, cache = self._run_blocks(idx[:, -limit:] if plain else idx, past)
         x = x[torch.arange(B), (lengths - 1).clamp(max=x.size(1) - 1)]  # (B, C)
         for step in range(max_new_tokens):
-            logits = self._head(x).float()
+            logits = self._head(x)
             token = choose_token(logits, temperature, top_k)
             token = token.masked_fill(ended[:, None], END_OF_TEXT)
             yield logits, token
@@ -274,11 +280,11 @@ class GPT(nn.Module):
             layer.reset_lora_parameters()
         return model
 
-    def store_frozen_matrices(self, dtype: torch.dtype) -> None:
-        """Keep frozen matrices in the compute `dtype`; autocast would cast them on every use."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and not (parameter.requires_grad or is_lora_name(name)):
-                parameter.data = parameter.data.to(dtype)
+    def store_frozen_projections(self, dtype: torch.dtype) -> None:
+        """Keep frozen projections in the compute `dtype`; autocast would cast them at every use."""
+        for module in self.modules():
+            if isinstance(module, LoRALinear) and not module.weight.requires_grad:
+                module.weight.data = module.weight.data.to(dtype)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model in the Hugging Face layout, adapters merged into the weights."""
@@ -304,54 +310,28 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+def build_model(
+    name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GPT:
+    """Load the checkpoint `name` with fresh adapters as `settings` say, ready to train on `device`.
 
-    Raises ValueError for a device that this machine or torch does not have.
+    Adapters are float32; the frozen projections they adapt are stored in the compute `dtype`.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} is not usable here; try auto or cpu: {error}") from None
-    return torch.device(name)
+    lora = {key: settings[key] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv")}
+    targets = tuple(settings["lora_targets"].replace(",", " ").split())
+    model = GPT.from_pretrained(name, dropout=settings["dropout"], lora_targets=targets, **lora)
+    if settings["lora_rank"]:
+        mark_only_lora_as_trainable(model)
+        model.store_frozen_projections(dtype)
+    return model.to(device)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype called `name`; "auto" is the fastest that `device` truly has.
-
-    bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
-    a CPU bfloat16 if it has the instructions and they pay, else float32.
-    """
-    if name in DTYPES:
-        return DTYPES[name]
-    if name != "auto":
-        raise ValueError(f"dtype={name!r} must be one of auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        modern = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if modern else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute matrix products in `dtype`; with float32 everything stays as it is."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def _cpu_bfloat16_pays() -> bool:
-    """Probe a matrix product of GPT-2's size: bfloat16 must be clearly faster than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
-    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-        return False
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
-        times = []
-        for _ in range(12):
-            started = time.perf_counter()
-            F.linear(x, weight)
-            times.append(time.perf_counter() - started)
-        seconds[dtype] = statistics.median(times)
-    return seconds[torch.bfloat16] * 1.2 < seconds[torch.float32]
+def load_checkpoint(
+    folder: Path, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GPT:
+    """Load what a run with `settings` saved in `folder`: adapters on their base, or all weights."""
+    if not settings["lora_rank"]:
+        return build_model(str(folder), settings, device, dtype)
+    model = build_model(settings["init_from"], settings, device, dtype)
+    load_adapter(model, folder)
+    return model

@@ -23,19 +23,26 @@ KEY_FILE = Path("wandb_api.json")
 FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
 }
+# What it takes to rebuild a run's model and to ask its questions again.
+NEEDED_SETTINGS = {
+    "init_from", "dataset", "prompt", "block_size", "train_size", "seed", "dropout",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_qkv",
+}
 
 
 def read_run(out_dir: str) -> dict[str, Any]:
     """Return the `config.json` of a run.
 
-    Raises FileNotFoundError if there is none, ValueError if it is not a run's.
+    Raises FileNotFoundError if there is none, ValueError if it is not a run's or too old a one's.
     """
     path = Path(out_dir, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"out_dir={out_dir!r} holds no run: there is no {path}")
     run = read_json(path)
-    if missing := {"settings", "device", "dtype"} - run.keys():
-        raise ValueError(f"{path} is not a run's: it lacks {', '.join(sorted(missing))}")
+    missing = {"settings", "device", "dtype"} - run.keys()
+    missing |= NEEDED_SETTINGS - run.get("settings", {}).keys()
+    if missing:
+        raise ValueError(f"{path} is not of this version: it lacks {', '.join(sorted(missing))}")
     return run
 
 
@@ -48,16 +55,23 @@ def changed_settings(settings: Mapping[str, Any], other: Mapping[str, Any]) -> s
     )
 
 
-def refuse_other_run(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if `out_dir` holds a run of other settings, unless told to overwrite."""
-    out_dir = settings["out_dir"]
-    if settings["overwrite"] or not Path(out_dir, "config.json").is_file():
+def refuse_loss(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if starting anew in `out_dir` would lose work, unless told to overwrite.
+
+    A finished run of the same settings may be repeated: it ends the same.
+    """
+    folder = Path(settings["out_dir"])
+    saved = [name for name in ("trainer_state.pt", "best", "last") if (folder / name).exists()]
+    if settings["overwrite"] or not saved:
         return
-    if changed := changed_settings(read_run(out_dir)["settings"], settings):
-        raise ValueError(
-            f"out_dir={out_dir!r} holds a run of other settings ({changed}); choose another "
-            "out_dir, or overwrite=True to replace it"
-        )
+    changed = changed_settings(read_run(str(folder))["settings"], settings)
+    if changed:
+        held = f"a run of other settings ({changed}); choose another out_dir"
+    elif not (folder / "last" / "results.json").is_file():
+        held = "an unfinished run; go on with init_from=resume"
+    else:
+        return
+    raise ValueError(f"out_dir={str(folder)!r} holds {held}, or overwrite=True to replace it")
 
 
 def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
@@ -93,18 +107,21 @@ class MetricsLog:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        if self.wandb:
-            try:
-                self.wandb.log(values, step=iteration)
-            except Exception as error:  # whatever a tracking service may throw
-                print(f"wandb stopped: {error}")
-                self.wandb = None
+        self._track(lambda: self.wandb.log(values, step=iteration))
 
     def close(self) -> None:
         if self.enabled:
             plot_losses(self.folder)
+        self._track(lambda: self.wandb.finish())
+
+    def _track(self, call: Callable[[], object]) -> None:
+        """Make a call to W&B; whatever it throws ends the tracking, not the run."""
         if self.wandb:
-            self.wandb.finish()
+            try:
+                call()
+            except Exception as error:  # a tracking service may throw anything
+                print(f"wandb stopped: {error}")
+                self.wandb = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -114,9 +131,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def keep_metrics(folder: Path, keep: Callable[[dict[str, float]], bool]) -> None:
-    """Drop the lines of `metrics.jsonl` that `keep` refuses."""
-    lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if keep(line)]
+def forget_metrics(folder: Path, iteration: int, evaluated: bool) -> None:
+    """Drop the lines of `metrics.jsonl` that come after a state saved at `iteration`."""
+    lines = [
+        json.dumps(line) + "\n" for line in read_metrics(folder)
+        if line["iteration"] < iteration + (evaluated and "validation_loss" in line)
+    ]
     with atomic_write(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(lines), "utf-8")
 
@@ -162,5 +182,8 @@ def wandb_mode(wanted: str, logged_in: Callable[[], str | None]) -> str:
     if wanted != "auto":
         return wanted
     if "WANDB_API_KEY" not in os.environ and KEY_FILE.is_file():
-        os.environ["WANDB_API_KEY"] = read_json(KEY_FILE)["key"]
+        key = read_json(KEY_FILE).get("key")
+        if not isinstance(key, str):
+            raise ValueError(f'{KEY_FILE} must be {{"key": "..."}}')
+        os.environ["WANDB_API_KEY"] = key
     return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")

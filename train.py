@@ -7,11 +7,8 @@ torchrun --nproc_per_node=2 train.py ...             the same run, its batches s
 """
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,30 +17,34 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import runlog
 from checkpoint import read_state, save_adapter, write_state
 from configurator import Bounds, configure, run_script
 from dataloader import Batch
-from distributed import end_processes, rank, start_processes, sum_over_ranks, world_size
+from devices import (
+    autocast,
+    device_name,
+    end_processes,
+    of_rank_zero,
+    out_of_memory_told,
+    rank,
+    resolve_dtype,
+    start_processes,
+    stop_on_signal,
+    sum_over_ranks,
+    world_size,
+)
 from generate import (
     ModelSampler,
     RunConfig,
-    build_model,
+    answer_words,
     describe,
-    load_checkpoint,
     make_loader,
     run_dtype,
     score,
 )
 from lora import check_state, count_parameters
-from model import GPT, autocast, resolve_dtype
-from runlog import (
-    MetricsLog,
-    changed_settings,
-    keep_metrics,
-    read_run,
-    refuse_other_run,
-    start_folder,
-)
+from model import GPT, build_model, load_checkpoint
 
 Qkv = Literal["split", "shared"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -183,10 +184,11 @@ class Run:
         self.config, self.folder = config, Path(config.out_dir)
         settings = asdict(config)
         if not resume:
-            refuse_other_run(settings)
+            runlog.refuse_loss(settings)
         self.device = start_processes(config.device, config.backend)
-        self.dtype = run_dtype(config, self.device) if resume else resolve_dtype(
-            config.dtype, self.device)
+        dtype = (run_dtype(config, self.device) if resume
+                 else resolve_dtype(config.dtype, self.device))
+        self.dtype = of_rank_zero(dtype)
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, settings, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
@@ -204,10 +206,12 @@ class Run:
         if resume:
             self.load_state()
         elif rank() == 0:
-            count = count_parameters(self.model)
-            start_folder(settings, device=self.device.type, dtype=str(self.dtype).split(".")[1],
-                         processes=world_size(), parameters=count._asdict())
-        self.metrics = MetricsLog(settings, enabled=rank() == 0)
+            runlog.start_folder(
+                settings, device=device_name(self.device), processes=world_size(),
+                dtype=str(self.dtype).removeprefix("torch."),
+                parameters=count_parameters(self.model)._asdict(),
+            )
+        self.metrics = runlog.MetricsLog(settings, enabled=rank() == 0)
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
@@ -217,11 +221,14 @@ class Run:
         loss = validation_loss(self.model, self.validation_batches, self.dtype)
         sampler = ModelSampler(self.model, self.loader, self.dtype, self.config.eval_batch_size)
         results = score(sampler, self.validation)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.iteration}: the validation loss is {loss}")
+        if not self.evaluated:
+            self.metrics.log(
+                self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
+                validation_garbage=results["garbage"],
+            )
         self.evaluated = True
-        self.metrics.log(
-            self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
-            validation_garbage=results["garbage"],
-        )
         if rank() > 0:
             return
         tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {describe(results)}")
@@ -236,6 +243,9 @@ class Run:
             self.save_state()
 
     def save_checkpoint(self, name: str, loss: float) -> None:
+        for pattern in ("results*.json", "predictions*.jsonl"):  # of the weights that go now
+            for path in (self.folder / name).glob(pattern):
+                path.unlink()
         if self.config.lora_rank:
             save_adapter(self.model, self.folder / name, self.config.init_from)
         else:
@@ -247,12 +257,13 @@ class Run:
 
     def save_state(self) -> None:
         """Write all that the next step depends on; the data order follows from the iteration."""
+        on_cuda = self.device.type == "cuda"
         state = {
             "iteration": self.iteration, "evaluated": self.evaluated,
             "checkpoints": self.checkpoints, "weights": self.trained_weights(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_cuda else None,
         }
         write_state(self.folder / "trainer_state.pt", state)
 
@@ -264,36 +275,17 @@ class Run:
         for name, weight in self.trained_weights().items():
             weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
         self.iteration, self.evaluated = state["iteration"], state["evaluated"]
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
+        if rank() > 0:  # the saved generators are rank 0's
+            torch.manual_seed(self.config.seed + rank() + world_size() * self.iteration)
+            return
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.checkpoints = state["checkpoints"]
-        if rank() == 0:
-            keep_metrics(self.folder, self.is_past)
-
-    def is_past(self, line: dict[str, float]) -> bool:
-        """Tell whether a metrics line belongs to what the saved state has done."""
-        done = self.evaluated and "validation_loss" in line
-        return line["iteration"] < self.iteration + done
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a step can end; the second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        runlog.forget_metrics(self.folder, self.iteration, self.evaluated)
 
 
 def fit(run: Run) -> None:
@@ -326,25 +318,32 @@ def fit(run: Run) -> None:
             run.iteration, run.evaluated = run.iteration + 1, False
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:.1f} reviews/s", refresh=False)
             bar.update()
-        run.save_state()
-        print(f"stopped at step {run.iteration}; go on with init_from=resume "
-              f"out_dir={config.out_dir}", file=sys.stderr)
+        if rank() == 0:
+            run.save_state()
+            print(f"stopped at step {run.iteration}; go on with init_from=resume "
+                  f"out_dir={config.out_dir}", file=sys.stderr)
         raise KeyboardInterrupt
 
 
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
     """Load both checkpoints as saved, score them on the test split, print a table."""
     config, scores = run.config, {}
-    print(f"\n{'checkpoint':<12}{'step':>6}{'validation loss':>17}{'test accuracy':>15}"
-          f"{'95 % interval':>18}{'positive':>10}{'negative':>10}{'garbage':>9}{'constrained':>13}")
     for name, saved in run.checkpoints.items():
         model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
         sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
-        scores[name] = row = score(sampler, run.loader.records("test"), run.folder / name)
-        low, high = row["interval_95"]
-        print(f"{name:<12}{saved['iteration']:>6}{saved['loss']:>17.4f}{row['accuracy']:>15.4f}"
-              f"{f'{low:.3f} to {high:.3f}':>18}{row['positive']:>10}{row['negative']:>10}"
-              f"{row['garbage']:>9}{row['constrained_accuracy']:>13.4f}")
+        results = score(sampler, run.loader.records("test"), run.folder / name)
+        run.metrics.log(run.iteration, **{f"test_accuracy_{name}": results["accuracy"]})
+        if not scores:
+            print(f"\n{'checkpoint':<12}{'step':>6}{'validation loss':>17}{'test accuracy':>15}"
+                  f"{'95 % interval':>18}", *(f"{word:>9}" for word in answer_words(results)),
+                  f"{'constrained':>13}", sep="")
+        low, high = results["interval_95"]
+        print(f"{name:<12}{saved['iteration']:>6}{saved['loss']:>17.4f}{results['accuracy']:>15.4f}"
+              f"{f'{low:.3f} to {high:.3f}':>18}",
+              *(f"{results[word]:>9}" for word in answer_words(results)),
+              f"{results['constrained_accuracy']:>13.4f}", sep="")
+        scores[name] = results
+        del model, sampler  # two models need not be held while the next one loads
     return scores
 
 
@@ -359,13 +358,13 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
               f"{len(run.loader.records('train')):,} reviews")
     try:
         fit(run)
+        end_processes()
+        if config.eval_only or rank() > 0:
+            return {}
+        run.model = run.optimizer = None  # make room for the checkpoints
+        return score_test(run)
     finally:
         run.metrics.close()
-        end_processes()
-    if config.eval_only or rank() > 0:
-        return {}
-    run.model = run.optimizer = None  # make room for the checkpoints
-    return score_test(run)
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
@@ -373,16 +372,17 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
     Raises ValueError, naming them, for changes that would make it another run.
     """
-    settings = read_run(config.out_dir)["settings"]
+    settings = runlog.read_run(config.out_dir)["settings"]
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
     config = replace(config, init_from=settings["init_from"])
     # More iterations are welcome: the decay, if any, keeps the steps it was made for.
     free = {"max_iters": config.max_iters, "eval_only": config.eval_only}
-    if changed := changed_settings(settings | free, asdict(config)):
+    if changed := runlog.changed_settings(settings | free, asdict(config)):
         raise ValueError(f"a resumed run keeps its settings, but {changed}")
     return config
 
 
+@out_of_memory_told()
 def main(config: TrainConfig) -> None:
     resume = config.init_from == "resume"
     train(resumed(config) if resume else config, resume)

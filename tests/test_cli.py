@@ -116,7 +116,7 @@ BAD_SCORING = [
     (["init_from=resume", "out_dir=nowhere"], "out_dir='nowhere' holds no run"),
     (["init_from=gpt2", "dataset=movie_reviews"], "'gpt2' is no folder here and the hub did not"),
     (["checkpoint=first"], "checkpoint='first' must be one of best, last"),
-    (["top_k=-1"], "top_k='-1' must be from 0 to inf"),
+    (["top_k=-1"], "top_k='-1' must be at least 0"),
     (["text"], "config file 'text' not found"),
     (["--text"], "--text needs a value"),
 ]

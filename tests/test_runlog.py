@@ -19,8 +19,39 @@ def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
     lines = '{"iteration": 0, "train_loss": 1.0}\n{"iteration": 1, "tra'
     (tmp_path / "metrics.jsonl").write_text(lines)
     assert runlog.read_metrics(tmp_path) == [{"iteration": 0, "train_loss": 1.0}]
-    runlog.keep_metrics(tmp_path, lambda line: line["iteration"] < 9)
+    runlog.forget_metrics(tmp_path, 9, evaluated=False)
     assert (tmp_path / "metrics.jsonl").read_text() == lines.splitlines()[0] + "\n"
+
+
+def test_metrics_after_a_saved_state_are_forgotten(tmp_path: Path) -> None:
+    lines = [
+        {"iteration": 0, "validation_loss": 2.0}, {"iteration": 0, "train_loss": 2.0},
+        {"iteration": 1, "validation_loss": 1.0}, {"iteration": 1, "train_loss": 1.0},
+        {"iteration": 1, "test_accuracy_last": 0.5}, {"iteration": 2, "train_loss": 0.5},
+    ]
+    for evaluated, kept in ((True, 3), (False, 2)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "metrics.jsonl").write_text(text)
+        runlog.forget_metrics(tmp_path, 1, evaluated)
+        assert runlog.read_metrics(tmp_path) == lines[:kept]
+
+
+def test_tracking_that_breaks_ends_quietly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def log(self, values: dict, step: int) -> None:
+            raise ConnectionError("gone")
+
+        finish = log
+
+    metrics = runlog.MetricsLog({"out_dir": str(tmp_path), "wandb_mode": "disabled"})
+    for call in (lambda: metrics.log(0, train_loss=1.0), metrics.close):
+        metrics.wandb = Broken()
+        call()
+        assert metrics.wandb is None
+        assert capsys.readouterr().out.startswith("wandb stopped: ")
+    assert len(runlog.read_metrics(tmp_path)) == 1
 
 
 def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 
 import runlog
 from dataloader import SentimentTask
-from generate import build_model, load_checkpoint, make_loader
+from generate import make_loader
 from lora import lora_layers, lora_state_dict
-from model import GPT
+from model import GPT, build_model, load_checkpoint
 from train import (
     Run,
     TrainConfig,
@@ -243,6 +243,55 @@ def test_folder_of_another_run_is_refused_unless_overwritten(config: TrainConfig
         train(other)
     train(replace(other, overwrite=True))
     assert runlog.read_run(config.out_dir)["settings"]["lora_rank"] == 2
+
+
+def test_unfinished_run_is_not_started_over_by_accident(config: TrainConfig) -> None:
+    train(config)
+    Path(config.out_dir, "last", "results.json").unlink()  # as if it had stopped before its end
+    with pytest.raises(ValueError, match="holds an unfinished run; go on with init_from=resume"):
+        train(config)
+
+
+def test_run_that_saved_nothing_blocks_nobody(config: TrainConfig) -> None:
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        train(replace(config, learning_rate=1e30, grad_clip=0.0))
+    train(replace(config, max_iters=1))
+    assert runlog.read_run(config.out_dir)["settings"]["learning_rate"] == config.learning_rate
+
+
+def test_model_that_diverged_in_its_last_step_is_not_a_result(config: TrainConfig) -> None:
+    with pytest.raises(FloatingPointError, match="step 1: the validation loss is nan"):
+        train(replace(config, learning_rate=1e30, grad_clip=0.0, max_iters=1))
+    assert not Path(config.out_dir, "last").exists()
+
+
+def test_new_weights_do_not_keep_the_old_scores(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    run = Run(replace(config, max_iters=2), resume=True)
+    run.save_checkpoint("last", 1.0)
+    names = {path.name for path in Path(config.out_dir, "last").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_run_of_another_precision_and_device_can_be_resumed(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    run = Run(replace(config, dtype="float16"), resume=True)
+    assert run.scaler.is_enabled()
+    assert run.iteration == 1
+
+
+def test_run_of_another_version_is_refused_by_name(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    path = Path(config.out_dir, "config.json")
+    described = json.loads(path.read_text())
+    described["settings"]["forgotten"] = described["settings"].pop("lora_qkv")
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="not of this version: it lacks lora_qkv"):
+        resumed(replace(config, init_from="resume"))
+    described["settings"]["lora_qkv"] = "split"
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="saved by another version: unknown forgotten"):
+        resumed(replace(config, init_from="resume"))
 
 
 def test_same_settings_run_again_with_the_same_result(config: TrainConfig) -> None:

@@ -1,0 +1,163 @@
+"""What a run runs on: the device, its precision, torchrun's processes, and the signals to stop.
+
+Without torchrun there is one process, of rank 0, and nothing is summed.
+"""
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ValueError for a device that this machine or torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are known")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not usable here; try auto or cpu: {error}") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the hardware, by which results and precision can be compared."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype called `name`; "auto" is the fastest that `device` truly has.
+
+    bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
+    a CPU bfloat16 if it has the instructions and they pay, else float32.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"dtype={name!r} must be one of auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute matrix products in `dtype`; with float32 everything stays as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _cpu_bfloat16_pays() -> bool:
+    """Probe a matrix product of GPT-2's size: bfloat16 must be clearly faster than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+        times = []
+        for _ in range(12):
+            started = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = statistics.median(times)
+    return seconds[torch.bfloat16] * 1.2 < seconds[torch.float32]
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(device_name: str, backend: str) -> torch.device:
+    """Join the process group, if there is one; return this process's own device.
+
+    `backend` is nccl, gloo or auto: nccl on CUDA, else gloo. Raises ValueError if torch lacks it
+    or if there are more processes than GPUs.
+    """
+    device = resolve_device(device_name)
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"backend={backend!r} does not work here: {error}") from None
+    return device
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one message."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def of_rank_zero(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that rank 0 found: each process probes for itself, and may differ."""
+    found = [dtype]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into a ValueError that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU's memory is full; a smaller batch_size (and more "
+            f"gradient_accumulation_steps) needs less: {error}"
+        ) from None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a step can end; the second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

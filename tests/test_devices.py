@@ -1,0 +1,117 @@
+"""Devices and precisions are real or refused; under torchrun the losses stay the same."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import devices
+from devices import resolve_device, resolve_dtype
+from runlog import read_metrics
+from train import Run, TrainConfig, train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        init_from=checkpoint, dataset=reviews, out_dir=str(tmp_path / "alone"), device="cpu",
+        dtype="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, learning_rate=1e-2,
+        batch_size=4, gradient_accumulation_steps=2, max_iters=4, eval_interval=2,
+        wandb_mode="disabled",
+    )
+
+
+def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    shared = replace(config, out_dir=str(tmp_path / "shared"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "train.py", *(f"{name}={value}" for name, value in asdict(shared).items()),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters (") == 1  # only rank 0 speaks
+    for mine, alone in zip(read_metrics(Path(shared.out_dir)),
+                           read_metrics(Path(config.out_dir)), strict=True):
+        assert mine.keys() == alone.keys()
+        for key in {"train_loss", "validation_loss"} & mine.keys():
+            assert mine[key] == pytest.approx(alone[key], abs=1e-6)
+    assert (Path(shared.out_dir) / "last" / "results.json").is_file()
+
+
+def test_processes_that_cannot_share_the_window_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
+        Run(config)
+
+
+def test_one_process_is_rank_zero_of_one_and_sums_nothing() -> None:
+    assert (devices.rank(), devices.world_size()) == (0, 1)
+    assert devices.start_processes("cpu", "auto") == torch.device("cpu")
+    tensor = torch.ones(3)
+    devices.sum_over_ranks([tensor])
+    torch.testing.assert_close(tensor, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "", "meta"])
+def test_unusable_device_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device='{name}' is not usable"):
+        resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="device='cuda' is not usable here; try auto or cpu"):
+        resolve_device("cuda")
+
+
+def test_automatic_device_is_the_best_there_is() -> None:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == best
+    assert resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("float32", {torch.float32}),
+        ("bfloat16", {torch.bfloat16}),
+        ("float16", {torch.float16}),
+        ("auto", {torch.float32, torch.bfloat16}),
+    ],
+)
+def test_dtype_on_a_cpu(name: str, allowed: set[torch.dtype]) -> None:
+    assert resolve_dtype(name, torch.device("cpu")) in allowed
+
+
+@pytest.mark.parametrize("name", ["float33", "nn"])
+def test_unknown_dtype_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        resolve_dtype(name, torch.device("cpu"))
+
+
+def test_full_gpu_memory_is_told_with_what_helps() -> None:
+    @devices.out_of_memory_told()
+    def fill() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(ValueError, match=r"a smaller batch_size .*Tried to allocate 2 GiB"):
+        fill()
+
+
+def test_second_signal_stops_at_once() -> None:
+    with devices.stop_on_signal() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
