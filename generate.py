@@ -8,13 +8,11 @@ python generate.py init_from=resume out_dir=out text="a gorgeous film"
 import hashlib
 import json
 import math
-import operator
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, pad
 from devices import autocast, device_name, out_of_memory_told, resolve_device, resolve_dtype
 from model import GPT, load_checkpoint
 from runlog import read_run
+from scores import Prediction, describe, summarize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -62,14 +61,6 @@ class GenerateConfig(RunConfig):
 # The settings behind a model that was never trained here.
 UNTRAINED = {"dataset": RunConfig.dataset, "prompt": RunConfig.prompt, "block_size": 0,
              "train_size": 0, "seed": RunConfig.seed, "dtype": RunConfig.dtype}
-
-
-class Prediction(NamedTuple):
-    """What the model said to one prompt: its words, their label (-1 is garbage), the odds."""
-
-    generated: str
-    label: int
-    label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
 
 
 class ModelSampler:
@@ -139,41 +130,6 @@ class ModelSampler:
         return torch.as_tensor(values, device=self.model.device)
 
 
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Return the 95 % score interval of the proportion right / n (Wilson, 1927)."""
-    z, share = 1.959964, right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)  # rounding may step outside
-
-
-def summarize(
-    labels: Sequence[int], predictions: Sequence[Prediction], names: Sequence[str]
-) -> dict[str, Any]:
-    """Return accuracy and counts; garbage is wrong. `confusion` is [truth][predicted word].
-
-    `constrained_accuracy` answers another question: which label word does the model find
-    likelier, whatever it would have said?
-    """
-    guesses = [prediction.label for prediction in predictions]
-    likelier = [row.index(max(row)) for row in (guess.label_logprobs for guess in predictions)]
-    right = sum(map(operator.eq, labels, guesses))
-    pairs = Counter(zip(labels, guesses, strict=True))
-    columns = dict(enumerate(names)) | {-1: "garbage"}
-    return {
-        "accuracy": right / len(labels),
-        "n": len(labels),
-        "interval_95": wilson_interval(right, len(labels)),
-        **{word: guesses.count(guess) for guess, word in columns.items()},
-        "confusion": {
-            truth: {word: pairs[label, guess] for guess, word in columns.items()}
-            for label, truth in enumerate(names)
-        },
-        "constrained_accuracy": sum(map(operator.eq, labels, likelier)) / len(labels),
-    }
-
-
 def score(
     sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
 ) -> dict[str, Any]:
@@ -213,21 +169,6 @@ def results_suffix(config: GenerateConfig, settings: Mapping[str, Any]) -> str:
     if config.dtype not in ("auto", settings["dtype"]):
         parts.append(config.dtype)
     return "".join(f"-{part}" for part in parts)
-
-
-def describe(results: Mapping[str, Any]) -> str:
-    low, high = results["interval_95"]
-    counts = ", ".join(f"{results[word]} {word}" for word in answer_words(results))
-    return (
-        f"accuracy {results['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
-        f"n={results['n']}): {counts}; "
-        f"constrained accuracy {results['constrained_accuracy']:.4f}"
-    )
-
-
-def answer_words(results: Mapping[str, Any]) -> list[str]:
-    """Return the columns of the confusion matrix: the label words and "garbage"."""
-    return [*results["confusion"], "garbage"]
 
 
 def label_text(sampler: ModelSampler, text: str) -> None:

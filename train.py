@@ -17,34 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import devices
 import runlog
 from checkpoint import read_state, save_adapter, write_state
 from configurator import Bounds, configure, run_script
 from dataloader import Batch
-from devices import (
-    autocast,
-    device_name,
-    end_processes,
-    of_rank_zero,
-    out_of_memory_told,
-    rank,
-    resolve_dtype,
-    start_processes,
-    stop_on_signal,
-    sum_over_ranks,
-    world_size,
-)
-from generate import (
-    ModelSampler,
-    RunConfig,
-    answer_words,
-    describe,
-    make_loader,
-    run_dtype,
-    score,
-)
+from devices import autocast, rank, world_size
+from generate import ModelSampler, RunConfig, make_loader, run_dtype, score
 from lora import check_state, count_parameters
 from model import GPT, build_model, load_checkpoint
+from scores import columns, describe, table
 
 Qkv = Literal["split", "shared"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -141,9 +123,8 @@ def train_step(
             loss = batch_loss(model, batch.to(device)) * (batch.supervised_tokens / supervised)
         scaler.scale(loss).backward()
         total += loss.detach()
-    trained = [group["params"] for group in optimizer.param_groups]
-    trained = [parameter for group in trained for parameter in group]
-    sum_over_ranks([total, *(parameter.grad for parameter in trained)])
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    devices.sum_over_ranks([total, *(parameter.grad for parameter in trained)])
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total.item()}")
     scaler.unscale_(optimizer)
@@ -185,10 +166,10 @@ class Run:
         settings = asdict(config)
         if not resume:
             runlog.refuse_loss(settings)
-        self.device = start_processes(config.device, config.backend)
+        self.device = devices.start_processes(config.device, config.backend)
         dtype = (run_dtype(config, self.device) if resume
-                 else resolve_dtype(config.dtype, self.device))
-        self.dtype = of_rank_zero(dtype)
+                 else devices.resolve_dtype(config.dtype, self.device))
+        self.dtype = devices.of_rank_zero(dtype)
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, settings, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
@@ -207,7 +188,7 @@ class Run:
             self.load_state()
         elif rank() == 0:
             runlog.start_folder(
-                settings, device=device_name(self.device), processes=world_size(),
+                settings, device=devices.device_name(self.device), processes=world_size(),
                 dtype=str(self.dtype).removeprefix("torch."),
                 parameters=count_parameters(self.model)._asdict(),
             )
@@ -293,7 +274,7 @@ def fit(run: Run) -> None:
     config = run.config
     window = config.batch_size * config.gradient_accumulation_steps
     bar = tqdm(total=config.max_iters, initial=run.iteration, disable=rank() > 0, unit="step")
-    with stop_on_signal() as stopped, bar:
+    with devices.stop_on_signal() as stopped, bar:
         while not stopped:
             finished = run.iteration >= config.max_iters
             due = finished or run.iteration % config.eval_interval == 0
@@ -327,23 +308,17 @@ def fit(run: Run) -> None:
 
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
     """Load both checkpoints as saved, score them on the test split, print a table."""
-    config, scores = run.config, {}
+    config, scores, rows = run.config, {}, []
     for name, saved in run.checkpoints.items():
         model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
         sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
-        results = score(sampler, run.loader.records("test"), run.folder / name)
-        run.metrics.log(run.iteration, **{f"test_accuracy_{name}": results["accuracy"]})
-        if not scores:
-            print(f"\n{'checkpoint':<12}{'step':>6}{'validation loss':>17}{'test accuracy':>15}"
-                  f"{'95 % interval':>18}", *(f"{word:>9}" for word in answer_words(results)),
-                  f"{'constrained':>13}", sep="")
-        low, high = results["interval_95"]
-        print(f"{name:<12}{saved['iteration']:>6}{saved['loss']:>17.4f}{results['accuracy']:>15.4f}"
-              f"{f'{low:.3f} to {high:.3f}':>18}",
-              *(f"{results[word]:>9}" for word in answer_words(results)),
-              f"{results['constrained_accuracy']:>13.4f}", sep="")
-        scores[name] = results
+        scores[name] = score(sampler, run.loader.records("test"), run.folder / name)
         del model, sampler  # two models need not be held while the next one loads
+        run.metrics.log(run.iteration, **{f"test_accuracy_{name}": scores[name]["accuracy"]})
+        about = {"checkpoint": name, "step": str(saved["iteration"]),
+                 "validation loss": f"{saved['loss']:.4f}"}
+        rows.append(about | columns(scores[name]))
+    print("", table(rows), sep="\n")
     return scores
 
 
@@ -358,7 +333,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
               f"{len(run.loader.records('train')):,} reviews")
     try:
         fit(run)
-        end_processes()
+        devices.end_processes()
         if config.eval_only or rank() > 0:
             return {}
         run.model = run.optimizer = None  # make room for the checkpoints
@@ -382,7 +357,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     return config
 
 
-@out_of_memory_told()
+@devices.out_of_memory_told()
 def main(config: TrainConfig) -> None:
     resume = config.init_from == "resume"
     train(resumed(config) if resume else config, resume)

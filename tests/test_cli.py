@@ -46,7 +46,7 @@ def test_training_tells_its_share_its_validations_and_both_test_scores(
     assert re.findall(r"step (\d): validation loss \d+\.\d+, accuracy", printed) == ["0", "2", "3"]
     for name in ("best", "last"):
         accuracy = json.loads((folder / name / "results.json").read_text())["accuracy"]
-        assert re.search(rf"^{name} .* {accuracy:.4f} ", printed, re.MULTILINE)
+        assert re.search(rf"^ *{name} .* {accuracy:.4f} ", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("checkpoint_name", ["best", "last"])

@@ -1,0 +1,85 @@
+"""From predictions to numbers: accuracy with its interval, what was said, and how to show it."""
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Prediction(NamedTuple):
+    """What the model said to one prompt: its words, their label (-1 is garbage), the odds."""
+
+    generated: str
+    label: int
+    label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of the proportion right / n (Wilson, 1927)."""
+    z, share = 1.959964, right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)  # rounding may step outside
+
+
+def summarize(
+    labels: Sequence[int], predictions: Sequence[Prediction], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return accuracy and counts; garbage is wrong. `confusion` is [truth][predicted word].
+
+    `constrained_accuracy` answers another question: which label word does the model find
+    likelier, whatever it would have said?
+    """
+    guesses = [prediction.label for prediction in predictions]
+    likelier = [row.index(max(row)) for row in (guess.label_logprobs for guess in predictions)]
+    right = sum(map(operator.eq, labels, guesses))
+    pairs = Counter(zip(labels, guesses, strict=True))
+    columns = dict(enumerate(names)) | {-1: "garbage"}
+    return {
+        "accuracy": right / len(labels),
+        "n": len(labels),
+        "interval_95": wilson_interval(right, len(labels)),
+        **{word: guesses.count(guess) for guess, word in columns.items()},
+        "confusion": {
+            truth: {word: pairs[label, guess] for guess, word in columns.items()}
+            for label, truth in enumerate(names)
+        },
+        "constrained_accuracy": sum(map(operator.eq, labels, likelier)) / len(labels),
+    }
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    low, high = results["interval_95"]
+    counts = ", ".join(f"{results[word]} {word}" for word in answer_words(results))
+    return (
+        f"accuracy {results['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
+        f"n={results['n']}): {counts}; "
+        f"constrained accuracy {results['constrained_accuracy']:.4f}"
+    )
+
+
+def answer_words(results: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the confusion matrix: the label words and "garbage"."""
+    return [*results["confusion"], "garbage"]
+
+
+def columns(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of `table` that tell the results of one checkpoint."""
+    low, high = results["interval_95"]
+    return {
+        "test accuracy": f"{results['accuracy']:.4f}",
+        "95 % interval": f"{low:.3f} to {high:.3f}",
+        **{word: str(results[word]) for word in answer_words(results)},
+        "constrained": f"{results['constrained_accuracy']:.4f}",
+    }
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Align `rows`, which have the same columns, under their titles."""
+    lines = [dict(zip(rows[0], rows[0], strict=True)), *rows]
+    widths = {title: max(len(line[title]) for line in lines) for title in rows[0]}
+    return "\n".join(
+        "  ".join(line[title].rjust(width) for title, width in widths.items()) for line in lines
+    )
