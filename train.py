@@ -200,10 +200,10 @@ class Run:
     def evaluate(self) -> None:
         """Validate, log, and save what has earned it."""
         loss = validation_loss(self.model, self.validation_batches, self.dtype)
-        sampler = ModelSampler(self.model, self.loader, self.dtype, self.config.eval_batch_size)
-        results = score(sampler, self.validation)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.iteration}: the validation loss is {loss}")
+        sampler = ModelSampler(self.model, self.loader, self.dtype, self.config.eval_batch_size)
+        results = score(sampler, self.validation)
         if not self.evaluated:
             self.metrics.log(
                 self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
