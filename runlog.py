@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from checkpoint import atomic_write, read_json, write_json
 
@@ -151,6 +152,10 @@ def plot_losses(folder: Path) -> None:
         steps, losses = [line["iteration"] for line in lines], [line[key] for line in lines]
         axes.plot(steps, losses, style, label=key.replace("_", " "))
     axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)", title=folder.name)
+    axes.set_yscale("log")  # the format is learned in a few steps, the task in the long rest
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     with atomic_write(folder / "loss.png") as path:
         figure.savefig(path, dpi=150)
