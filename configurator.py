@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
 KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
-# What a user can cause: bad values, files and networks, a diverging loss.
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
 Config = TypeVar("Config")
 
 
@@ -35,7 +33,7 @@ def configure(
     file; the message names the value, its place and what is allowed.
     """
     hints = get_type_hints(cls, include_extras=True)
-    names = [*hints, *(alias for alias, name in ALIASES.items() if name in hints)]
+    names = [*hints, *(alias for alias in ALIASES if ALIASES[alias] in hints)]
     values = dict(defaults or {})
     if unknown := values.keys() - hints.keys():
         raise ValueError(f"saved by another version: unknown {', '.join(sorted(unknown))}")
@@ -52,10 +50,13 @@ def configure(
 
 
 def run_script(main: Callable[[Config], object], cls: type[Config]) -> None:
-    """Run `main(configure(cls))`; what a user can cause ends in one line on stderr and exit 2."""
+    """Run `main(configure(cls))`; what a user can cause ends in one line on stderr and exit 2.
+
+    That is: a bad value (ValueError), a file or network (OSError), a diverging loss.
+    """
     try:
         main(configure(cls))
-    except USER_ERRORS as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print("error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

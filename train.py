@@ -158,10 +158,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         if config.gradient_accumulation_steps % world_size():
-            raise ValueError(
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a "
-                f"multiple of the {world_size()} processes that share them"
-            )
+            raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
+                             f"must be a multiple of the {world_size()} processes that share them")
         self.config, self.folder = config, Path(config.out_dir)
         settings = asdict(config)
         if not resume:
@@ -175,8 +173,8 @@ class Run:
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
         self.loader = make_loader(settings, self.model)
         self.loader.records("test")  # a missing split is told now, not after the training
-        number = config.eval_iters * config.eval_batch_size
-        self.validation = self.loader.validation_records(number)
+        self.validation = self.loader.validation_records(
+            config.eval_iters * config.eval_batch_size)
         self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
         self.optimizer = configure_optimizer(self.model, config)
         # The default scale of 2^16 overflows at first, and a short run has no steps to waste.
