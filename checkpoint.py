@@ -47,7 +47,10 @@ PEFT_MATH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it on success and vanishes otherwise."""
+    """Yield a temporary path beside `path` that replaces it on success and vanishes otherwise.
+
+    Raises OSError naming `path` where it cannot be written, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -55,6 +58,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "r+b") as file:  # Windows syncs only what could be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,10 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with what `transformers` wants to find in its metadata."""
     with atomic_write(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(tensors, temporary, {"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {path}: {error}") from None
+            raise OSError(error) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
