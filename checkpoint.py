@@ -170,11 +170,12 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
     PEFT knows one pair a layer, so a layer of G groups becomes the exactly equal adapter of rank
     G·r whose B is block diagonal; its scaling stays (G·alpha) / (G·r).
     """
-    layers, tensors, ranks, alphas = lora_layers(model), {}, {}, {}
+    layers, targets, tensors, ranks, alphas = lora_layers(model), set(), {}, {}, {}
     if not layers:
         raise ValueError("the model has no adapters (lora_rank=0)")
     for name, layer in layers.items():
         leaf, rank = ".".join(name.split(".")[-2:]), layer.lora_B.size(1)  # "attn.c_attn"
+        targets.add(leaf)
         if layer.lora_groups > 1:
             ranks[leaf] = layer.lora_groups * rank
             alphas[leaf] = layer.lora_groups * layer.lora_alpha
@@ -184,7 +185,7 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "r": rank, "lora_alpha": layer.lora_alpha, "lora_dropout": layer.lora_dropout.p,
-        "target_modules": sorted({".".join(name.split(".")[-2:]) for name in layers}),
+        "target_modules": sorted(targets),
         "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
     }

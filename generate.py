@@ -203,17 +203,16 @@ def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, An
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
         return model, resolve_dtype(config.dtype, device), dict(UNTRAINED), folder
-    folder, dtype = Path(config.out_dir, config.checkpoint), run_dtype(config, device)
-    run = read_run(config.out_dir)
+    folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
+    dtype = run_dtype(run, config.dtype, device)
     settings = run["settings"] | {"dtype": run["dtype"]}  # what auto came to
     return load_checkpoint(folder, settings, device, dtype), dtype, settings, folder
 
 
-def run_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """Resolve the dtype for a run in `out_dir`: auto is what it had on hardware like this."""
-    run = read_run(config.out_dir)
-    own = config.dtype == "auto" and run["device"] == device_name(device)
-    return resolve_dtype(run["dtype"] if own else config.dtype, device)
+def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) -> torch.dtype:
+    """Resolve the dtype called `name`; auto is that of a saved `run` on hardware like its own."""
+    own = run is not None and name == "auto" and run["device"] == device_name(device)
+    return resolve_dtype(run["dtype"] if own else name, device)
 
 
 @out_of_memory_told()

@@ -165,9 +165,8 @@ class Run:
         if not resume:
             runlog.refuse_loss(settings)
         self.device = devices.start_processes(config.device, config.backend)
-        dtype = (run_dtype(config, self.device) if resume
-                 else devices.resolve_dtype(config.dtype, self.device))
-        self.dtype = devices.of_rank_zero(dtype)
+        saved = runlog.read_run(config.out_dir) if resume else None
+        self.dtype = devices.of_rank_zero(run_dtype(saved, config.dtype, self.device))
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, settings, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not

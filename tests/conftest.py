@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported; one test undoes it
 os.environ["WANDB_MODE"] = "disabled"
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from train import TrainConfig
 
 TINY = GPTConfig(block_size=64, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
 
@@ -48,3 +50,14 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     return str(folder)
+
+
+@pytest.fixture
+def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
+    """Eight steps of eight reviews, validated every third."""
+    return TrainConfig(
+        init_from=checkpoint, dataset=reviews, out_dir=str(tmp_path / "run"), device="cpu",
+        dtype="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, learning_rate=1e-2,
+        batch_size=4, gradient_accumulation_steps=2, max_iters=8, eval_interval=3,
+        wandb_mode="disabled",
+    )

@@ -17,17 +17,8 @@ from train import Run, TrainConfig, train
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        init_from=checkpoint, dataset=reviews, out_dir=str(tmp_path / "alone"), device="cpu",
-        dtype="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, learning_rate=1e-2,
-        batch_size=4, gradient_accumulation_steps=2, max_iters=4, eval_interval=2,
-        wandb_mode="disabled",
-    )
-
-
 def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, lora_dropout=0.0, max_iters=4, eval_interval=2)
     train(config)
     shared = replace(config, out_dir=str(tmp_path / "shared"))
     command = [

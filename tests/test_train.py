@@ -31,17 +31,6 @@ CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-@pytest.fixture
-def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
-    """Eight steps of eight reviews, validated every third."""
-    return TrainConfig(
-        init_from=checkpoint, dataset=reviews, out_dir=str(tmp_path / "run"), device="cpu",
-        dtype="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, learning_rate=1e-2,
-        batch_size=4, gradient_accumulation_steps=2, max_iters=8, eval_interval=3,
-        wandb_mode="disabled",
-    )
-
-
 def fresh_model(config: TrainConfig) -> GPT:
     """A model whose adapters have a B, so that gradients reach A."""
     torch.manual_seed(0)
