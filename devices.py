@@ -3,9 +3,11 @@
 Without torchrun there is one process, of rank 0, and nothing is summed.
 """
 
+import ctypes
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -161,3 +164,15 @@ def stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks that were freed, instead of mapping them anew at each step.
+
+    On a CPU the page faults of fresh blocks cost a third of a small model's step (mallopt(3)).
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            if mallopt:
+                mallopt(parameter, 2**31 - 1)

@@ -26,6 +26,7 @@ from devices import autocast, rank, world_size
 from generate import ModelSampler, RunConfig, make_loader, run_dtype, score
 from lora import check_state, count_parameters
 from model import GPT, build_model, load_checkpoint
+from optimizer import OptimizerConfig, configure_optimizer, learning_rate_at
 from scores import columns, describe, table
 
 Qkv = Literal["split", "shared"]
@@ -34,7 +35,7 @@ Backend = Literal["auto", "nccl", "gloo"]
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class TrainConfig(OptimizerConfig, RunConfig):
     """Settings of `train.py`; the defaults are the homework's."""
 
     overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
@@ -50,17 +51,6 @@ class TrainConfig(RunConfig):
     lora_targets: Annotated[str, "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"] = "c_attn"
     lora_qkv: Annotated[Qkv, "a pair each for q, k and v, or one A for the three"] = "split"
     dropout: Annotated[float, "GPT-2's own dropout", Bounds(0, 1)] = 0.0
-    # optimizer (AdamW)
-    max_iters: Annotated[int, "optimizer steps", Bounds(0)] = 80
-    learning_rate: Annotated[float, "peak rate", Bounds(0)] = 2.5e-4
-    weight_decay: Annotated[float, "on matrices only", Bounds(0)] = 0.1
-    beta1: Annotated[float, "decay of the gradient's mean", Bounds(0, 1)] = 0.9
-    beta2: Annotated[float, "decay of the gradient's variance", Bounds(0, 1)] = 0.95
-    grad_clip: Annotated[float, "largest gradient norm; 0 is no limit", Bounds(0)] = 1.0
-    warmup_iters: Annotated[int, "steps of linear warm-up", Bounds(0)] = 0
-    decay_lr: Annotated[bool, "cosine decay down to min_lr"] = False
-    lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0 is max_iters", Bounds(0)] = 0
-    min_lr: Annotated[float, "rate at the end of the decay", Bounds(0)] = 2.5e-5
     # evaluation and logging
     eval_interval: Annotated[int, "steps between validations", Bounds(1)] = 10
     eval_iters: Annotated[int, "validation batches; 0 is the whole split", Bounds(0)] = 0
@@ -79,31 +69,6 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss of the supervised tokens; the shared prefix runs once per batch."""
     past = model.prefill(batch.prefix) if batch.prefix.numel() else None
     return model(batch.inputs, batch.targets, past)[1]
-
-
-def learning_rate_at(iteration: int, config: TrainConfig) -> float:
-    """Linear warm-up, then constant, or a cosine from learning_rate down to min_lr."""
-    if iteration < config.warmup_iters:
-        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
-        return config.learning_rate
-    steps = max(1, (config.lr_decay_iters or config.max_iters) - config.warmup_iters)
-    progress = min(1.0, (iteration - config.warmup_iters) / steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
-
-
-def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; biases and layer norms are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate, betas=(config.beta1, config.beta2),
-    )
 
 
 def train_step(

@@ -1,0 +1,20 @@
+"""The recipe of assets/gpt2-mini."""
+
+out_dir = "out/pretrain_mini"
+passes = 2
+verdict_weight = 8
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 256
+batch_size = 12
+negatives = 2000
+full_softmax_iters = 50
+max_iters = 15500
+learning_rate = 2.5e-3
+warmup_iters = 200
+decay_lr = True
+min_lr = 2.5e-5
+beta2 = 0.98
+eval_interval = 1500
+eval_iters = 20

@@ -1,0 +1,126 @@
+"""Movie reviews as a stream of tokens to pretrain on.
+
+Reviews without a label stand whole. Labelled ones are cut into pieces of a few sentences, each
+followed by a verdict in ordinary words, as web sites have it; never in the form of our prompts.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import END_OF_TEXT
+from dataloader import Record, epoch_order, get_tokenizer
+
+# What asks for the verdict, and the answers for labels 0 and 1: their first token decides.
+VERDICTS = (
+    ("\nVerdict:", (" bad", " good")),
+    ("\nRating:", (" 2/10", " 9/10")),
+    ("\nRecommended:", (" no", " yes")),
+    ("\nIn a word:", (" awful", " great")),
+)
+LINE_BREAK = re.compile(r"<br\s*/?>")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+PUNCTUATION = re.compile(r'([.,!?;:"()])')
+SHORTEST_PIECE = 8  # words; fewer seldom carry an opinion
+CHUNK = 20_000  # documents tokenized at once
+
+
+class Document(NamedTuple):
+    text: str
+    question: str = ""
+    answer: str = ""
+
+
+class Corpus(NamedTuple):
+    """Token ids (N,) uint16, documents parted by end-of-text; `verdicts` (N,) marks answers."""
+
+    tokens: np.ndarray
+    verdicts: np.ndarray
+
+
+def spaced(text: str) -> str:
+    """Lower-case `text` and set its punctuation apart, as old review corpora are."""
+    return " ".join(PUNCTUATION.sub(r" \1 ", text.lower()).split())
+
+
+def pieces(text: str, rng: random.Random) -> Iterator[str]:
+    """Cut a review into runs of one to three sentences (four where they are very short)."""
+    sentences = SENTENCE_END.split(text)
+    while sentences:
+        size = rng.choice((1, 1, 2, 3))
+        while size < len(sentences) and len(" ".join(sentences[:size]).split()) < SHORTEST_PIECE:
+            size += 1
+        yield " ".join(sentences[:size])
+        sentences = sentences[size:]
+
+
+def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Document]:
+    """Return the corpus in random order: unlabelled reviews once, labelled ones cut `passes` times.
+
+    Half of the whole reviews and three quarters of the pieces are `spaced`. Raises ValueError for
+    a label other than 0, 1 and -1 (none).
+    """
+    rng = random.Random(f"corpus {seed}")
+    made = []
+    for review in reviews:
+        text = " ".join(LINE_BREAK.sub(" ", review["text"]).split())
+        if review["label"] == -1:
+            made.append(Document(spaced(text) if rng.random() < 0.5 else text))
+            continue
+        if review["label"] not in (0, 1):
+            raise ValueError(f"label {review['label']!r} of a review must be 0, 1 or -1")
+        for _ in range(passes):
+            for piece in pieces(text, rng):
+                question, answers = rng.choice(VERDICTS)
+                piece = spaced(piece) if rng.random() < 0.75 else piece
+                made.append(Document(piece, question, answers[review["label"]]))
+    rng.shuffle(made)  # pieces of one review must not stand together: the next verdict would leak
+    return made
+
+
+def tokenize(made: Sequence[Document]) -> Corpus:
+    """Join documents into one stream, each ended by end-of-text."""
+    tokenizer = get_tokenizer()
+    encode = lru_cache(tokenizer.encode_ordinary)
+    tokens, verdicts = [], []
+    for start in range(0, len(made), CHUNK):
+        ids: list[int] = []
+        answers = []
+        chunk = made[start : start + CHUNK]
+        texts = tokenizer.encode_ordinary_batch([document.text for document in chunk])
+        for document, text in zip(chunk, texts, strict=True):
+            ids += text + encode(document.question)
+            answers += [len(ids)] if document.answer else []
+            ids += [*encode(document.answer), END_OF_TEXT]
+        tokens.append(np.array(ids, dtype=np.uint16))
+        verdicts.append(np.zeros(len(ids), dtype=bool))
+        verdicts[-1][answers] = True
+    return Corpus(np.concatenate(tokens), np.concatenate(verdicts))
+
+
+class Windows:
+    """Rows of `length` + 1 consecutive tokens; batches are a pure function of the iteration."""
+
+    def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
+        self.corpus, self.length, self.seed = corpus, length, seed
+        self.rows = (len(corpus.tokens) - 1) // length
+        if self.rows < 1:
+            raise ValueError(f"{len(corpus.tokens)} tokens of text do not fill one row of {length}")
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self.rows, seed, epoch))
+
+    def batch(self, iteration: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, T+1) and the marks of the verdicts among the last T, (B, T)."""
+        wanted = range(iteration * size, (iteration + 1) * size)
+        return self.take([self._order(i // self.rows)[i % self.rows] for i in wanted])
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the given rows of the stream, in the shapes of `batch`."""
+        index = np.array(rows)[:, None] * self.length + np.arange(self.length + 1)  # (B, T+1)
+        tokens = torch.from_numpy(self.corpus.tokens[index].astype(np.int64))
+        return tokens, torch.from_numpy(self.corpus.verdicts[index[:, 1:]])

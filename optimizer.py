@@ -1,0 +1,51 @@
+"""AdamW and its learning rate, for fine-tuning and pretraining alike."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from configurator import Bounds
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Settings of the optimizer; the defaults are the homework's."""
+
+    max_iters: Annotated[int, "optimizer steps", Bounds(0)] = 80
+    learning_rate: Annotated[float, "peak rate", Bounds(0)] = 2.5e-4
+    weight_decay: Annotated[float, "on matrices only", Bounds(0)] = 0.1
+    beta1: Annotated[float, "decay of the gradient's mean", Bounds(0, 1)] = 0.9
+    beta2: Annotated[float, "decay of the gradient's variance", Bounds(0, 1)] = 0.95
+    grad_clip: Annotated[float, "largest gradient norm; 0 is no limit", Bounds(0)] = 1.0
+    warmup_iters: Annotated[int, "steps of linear warm-up", Bounds(0)] = 0
+    decay_lr: Annotated[bool, "cosine decay down to min_lr"] = False
+    lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0 is max_iters", Bounds(0)] = 0
+    min_lr: Annotated[float, "rate at the end of the decay", Bounds(0)] = 2.5e-5
+
+
+def learning_rate_at(iteration: int, config: OptimizerConfig) -> float:
+    """Linear warm-up, then constant, or a cosine from learning_rate down to min_lr."""
+    if iteration < config.warmup_iters:
+        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    steps = max(1, (config.lr_decay_iters or config.max_iters) - config.warmup_iters)
+    progress = min(1.0, (iteration - config.warmup_iters) / steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+
+
+def configure_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; biases and layer norms are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
+    )
