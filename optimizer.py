@@ -38,6 +38,16 @@ def learning_rate_at(iteration: int, config: OptimizerConfig) -> float:
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, iteration: int, config: OptimizerConfig
+) -> float:
+    """Give `optimizer` the rate of `iteration`, and return it."""
+    rate = learning_rate_at(iteration, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def configure_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable; biases and layer norms are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -26,7 +26,7 @@ from devices import autocast, rank, world_size
 from generate import ModelSampler, RunConfig, make_loader, run_dtype, score
 from lora import check_state, count_parameters
 from model import GPT, build_model, load_checkpoint
-from optimizer import OptimizerConfig, configure_optimizer, learning_rate_at
+from optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from scores import columns, describe, table
 
 Qkv = Literal["split", "shared"]
@@ -245,9 +245,7 @@ def fit(run: Run) -> None:
             if finished or config.eval_only:
                 return
             started = time.perf_counter()
-            rate = learning_rate_at(run.iteration, config)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
+            rate = set_learning_rate(run.optimizer, run.iteration, config)
             batches = run.loader.window(run.iteration, window, config.batch_size)
             try:
                 loss = train_step(

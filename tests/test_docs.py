@@ -11,17 +11,19 @@ import nbformat
 import pytest
 
 from configurator import configure
+from pretrain import PretrainConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
-CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig"}
+CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig",
+           "pretrain.py": "PretrainConfig"}
 
 
 def script_lines(text: str) -> list[str]:
-    """Every `python train.py …` or `torchrun … train.py …` of a text."""
-    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate)\.py[^`\n|]*"
+    """Every `python SCRIPT.py …` or `torchrun … SCRIPT.py …` of a text."""
+    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate|pretrain)\.py[^`\n|]*"
     return [line.strip() for line in re.findall(pattern, text)]
 
 
@@ -53,7 +55,8 @@ def test_documentation_has_commands_to_check() -> None:
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_every_preset_parses_and_has_an_out_dir_of_its_own(preset: Path) -> None:
-    assert configure(TrainConfig, [str(preset)]).out_dir == f"out/{preset.stem}"
+    cls = PretrainConfig if preset.stem.startswith("pretrain") else TrainConfig
+    assert configure(cls, [str(preset)]).out_dir == f"out/{preset.stem}"
 
 
 def test_homework_defaults_are_the_handouts() -> None:

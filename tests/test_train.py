@@ -14,12 +14,11 @@ from dataloader import SentimentTask
 from generate import make_loader
 from lora import lora_layers, lora_state_dict
 from model import GPT, build_model, load_checkpoint
+from optimizer import configure_optimizer
 from train import (
     Run,
     TrainConfig,
     batch_loss,
-    configure_optimizer,
-    learning_rate_at,
     resumed,
     train,
     train_step,
@@ -44,37 +43,6 @@ def metrics(config: TrainConfig) -> list[dict]:
     """The metrics of a run without what depends on the clock."""
     lines = runlog.read_metrics(Path(config.out_dir))
     return [{k: v for k, v in line.items() if k != "reviews_per_second"} for line in lines]
-
-
-def test_learning_rate_warms_up_then_follows_the_cosine_to_its_floor() -> None:
-    config = TrainConfig(learning_rate=1.0, warmup_iters=4, decay_lr=True, lr_decay_iters=14,
-                         min_lr=0.1, max_iters=20)
-    rates = [learning_rate_at(iteration, config) for iteration in range(20)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == 1.0
-    assert rates[9] == pytest.approx(0.55)
-    assert rates[14:] == pytest.approx([0.1] * 6)
-
-
-def test_learning_rate_is_constant_unless_it_decays() -> None:
-    config = TrainConfig(learning_rate=3e-4, max_iters=10, min_lr=1e-5)
-    assert {learning_rate_at(iteration, config) for iteration in range(10)} == {3e-4}
-
-
-def test_weight_decay_spares_biases_and_layer_norms(config: TrainConfig) -> None:
-    full = replace(config, lora_rank=0, weight_decay=0.3)
-    groups = configure_optimizer(fresh_model(full), full).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert all(parameter.ndim == 2 for parameter in groups[0]["params"])
-    assert all(parameter.ndim == 1 for parameter in groups[1]["params"])
-    assert groups[0]["betas"] == (0.9, 0.95)
-
-
-def test_optimizer_holds_only_the_adapters(config: TrainConfig) -> None:
-    model = fresh_model(config)
-    held = {id(p) for group in configure_optimizer(model, config).param_groups
-            for p in group["params"]}
-    assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
