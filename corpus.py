@@ -7,7 +7,7 @@ followed by a verdict in ordinary words, as web sites have it; never in the form
 import random
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -124,16 +124,15 @@ class Windows:
     """A stream as rows of `length` + 1 tokens; batches are a pure function of the iteration."""
 
     def __init__(self, stream: tuple[np.ndarray, np.ndarray], length: int, seed: int) -> None:
-        self.tokens, self.verdicts = stream
-        self.length, self.count = length, (len(self.tokens) - 1) // length
+        (self.tokens, self.verdicts), self.length, self.seed = stream, length, seed
+        self.count = (len(self.tokens) - 1) // length
         if self.count < 1:
             raise ValueError(f"{len(self.tokens)} tokens of text do not fill a row of {length}")
-        self._order = lru_cache(maxsize=2)(partial(epoch_order, self.count, seed))
 
     def batch(self, iteration: int, size: int) -> tuple[Tensor, Tensor]:
         """Return rows of tokens (B, T+1) and the marks of the verdicts in the last T, (B, T)."""
-        wanted = range(iteration * size, (iteration + 1) * size)
-        return self.take([self._order(i // self.count)[i % self.count] for i in wanted])
+        wanted = (divmod(i, self.count) for i in range(iteration * size, (iteration + 1) * size))
+        return self.take([epoch_order(self.count, self.seed, epoch)[i] for epoch, i in wanted])
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the given rows, in the shapes of `batch`."""

@@ -25,6 +25,7 @@ from devices import (
     DeviceConfig,
     autocast,
     device_name,
+    keep_freed_memory,
     out_of_memory_told,
     resolve_device,
     resolve_dtype,
@@ -220,6 +221,7 @@ def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) ->
 
 @out_of_memory_told()
 def main(config: GenerateConfig) -> None:
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model, dtype, settings, folder = load_subject(config)
     chosen = {name: value for name, value in

@@ -81,18 +81,21 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if rows is not None:
+            q = take_rows(q.transpose(1, 2), rows).transpose(1, 2)  # (B, H, R, D)
         if past is not None:
             past_k, past_v = (tensor.expand(B, -1, -1, -1) for tensor in past)
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (B, H, P+T, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=past is None
-        )  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None
+        )  # (B, H, T or R, D)
+        y = y.transpose(1, 2).reshape(B, -1, C)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
 
@@ -116,10 +119,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attn(self.ln_1(x), past, mask)
-        x = x + attended
+        """Return the output at all positions, or at `rows` (B, R) only, and all keys and values."""
+        attended, present = self.attn(self.ln_1(x), past, mask, rows)
+        x = attended + (x if rows is None else take_rows(x, rows))
         return x + self.mlp(self.ln_2(x)), present
 
 
@@ -165,17 +170,20 @@ class GPT(nn.Module):
         Raises ValueError if the sequence with its past is longer than the block size.
         """
         self._check_length(idx.size(1) + cache_length(past))
-        x, _ = self._run_blocks(idx, past)
         if targets is None:
-            return self._head(x), None
-        supervised = (targets != IGNORE).nonzero(as_tuple=True)
-        logits = self._head(x[supervised])
+            return self._head(self._run_blocks(idx, past)[0]), None
+        supervised = targets != IGNORE  # (B, T)
+        # The supervised positions of each row, in order, then others where a row has fewer.
+        most = int(supervised.sum(dim=1).max())
+        rows = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, R)
+        x, _ = self._run_blocks(idx, past, rows=rows)
+        logits = self._head(x[supervised.gather(1, rows)])
         return logits, F.cross_entropy(logits, targets[supervised])
 
     def prefill(self, idx: Tensor) -> Cache:
         """Return the keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
         self._check_length(idx.size(1))
-        return self._run_blocks(idx)[1]
+        return self._run_blocks(idx, rows=idx.new_empty(1, 0))[1]
 
     def _check_length(self, length: int) -> None:
         limit = self.config.block_size
@@ -184,9 +192,13 @@ class GPT(nn.Module):
 
     def _run_blocks(
         self, idx: Tensor, past: Cache | None = None,
-        positions: Tensor | None = None, mask: Tensor | None = None,
+        positions: Tensor | None = None, mask: Tensor | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Return the final hidden states (B, T, C) of `idx` and the cache extended by them."""
+        """Return the final hidden states (B, T, C) of `idx` and the cache extended by them.
+
+        With `rows` (B, R) they are those of these positions: of the others the last block makes
+        keys and values only.
+        """
         P, T = cache_length(past), idx.size(1)
         if positions is None:
             positions = torch.arange(P, P + T, device=idx.device)
@@ -198,7 +210,11 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)  # (B, T, C)
         cache = []
         for layer, block in enumerate(self.transformer.h):
-            x, present = block(x, past[layer] if past is not None else None, mask)
+            last = layer == self.config.n_layer - 1 and rows is not None
+            if last:
+                mask = torch.arange(P + T, device=idx.device) <= P + rows[:, None, :, None]
+            x, present = block(
+                x, past[layer] if past is not None else None, mask, rows if last else None)
             cache.append(present)
         return self.transformer.ln_f(x), cache
 
@@ -238,10 +254,11 @@ class GPT(nn.Module):
         if not plain and P + int(lengths.max()) + max_new_tokens - 1 > limit:
             raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        x, cache = self._run_blocks(idx[:, -limit:] if plain else idx, past)
-        x = x[torch.arange(B), (lengths - 1).clamp(max=x.size(1) - 1)]  # (B, C)
+        idx_in = idx[:, -limit:] if plain else idx
+        ends = (lengths - 1).clamp(max=idx_in.size(1) - 1)[:, None]  # (B, 1)
+        x, cache = self._run_blocks(idx_in, past, rows=ends)
         for step in range(max_new_tokens):
-            logits = self._head(x)
+            logits = self._head(x[:, -1])
             token = choose_token(logits, temperature, top_k)
             token = token.masked_fill(ended[:, None], END_OF_TEXT)
             yield logits, token
@@ -257,7 +274,6 @@ class GPT(nn.Module):
                 mask = (slots < P + lengths[:, None]) | (slots >= P + T)  # (B, P+T+step+1)
                 positions = (P + lengths + step)[:, None]
                 x, cache = self._run_blocks(token, cache, positions, mask[:, None, None])
-            x = x[:, -1]
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":
@@ -292,6 +308,11 @@ class GPT(nn.Module):
         for name, layer in lora_layers(self).items():
             weights[f"{name}.weight"] = layer.merged_weight()
         write_hub_layout(folder, asdict(self.config), weights)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return `x` (B, T, ...) at the positions `rows` (B, R): (B, R, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], rows]
 
 
 def cache_length(cache: Cache | None) -> int:

@@ -319,6 +319,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
 @devices.out_of_memory_told()
 def main(config: TrainConfig) -> None:
+    devices.keep_freed_memory()
     resume = config.init_from == "resume"
     train(resumed(config) if resume else config, resume)
 
