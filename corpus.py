@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,16 +46,21 @@ def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
     """Return the reviews to train on, and every hundredth, held out.
 
     They are those of all splits, each text once, in an order that does not depend on the files'.
-    Raises ValueError for a row without a text, or with a label other than 0, 1 and -1 (none).
+    Raises ValueError for another source, a row without a text, or with a label other than 0, 1
+    and -1 (none); OSError for files that are missing or out of reach.
     """
-    found = {}
+    if data != "imdb" and not (data and Path(data).is_dir()):
+        raise ValueError(f"data={data!r} must be imdb (from the hub) or a folder with "
+                         f"{{{','.join(SPLITS)}}}.parquet, .jsonl or .csv")
+    found: dict[str, int] = {}
     for split in SPLITS:
-        for row, record in enumerate(read_records(data, split)):
-            if not isinstance(record.get("text"), str) or record.get("label") not in (0, 1, -1):
-                raise ValueError(f"{data}, {split} split, row {row}: needs a text, "
-                                 f"and a label of 0, 1 or -1 (none), not {record!r:.80}")
-            found[record["text"]] = record
-    reviews = [found[text] for text in sorted(found)]
+        for row, record in enumerate(read_records(data, split), 1):
+            text, label = record.get("text"), str(record.get("label"))
+            if not isinstance(text, str) or label not in ("0", "1", "-1"):
+                raise ValueError(f"{data}: {split} row {row} needs a text and a label of 0, 1 or "
+                                 f"-1 (none), but is {record!r:.80}")
+            found[text] = int(label)
+    reviews = [{"text": text, "label": found[text]} for text in sorted(found)]
     held_out = reviews[::100]
     del reviews[::100]
     return reviews, held_out

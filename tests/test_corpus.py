@@ -135,5 +135,18 @@ def test_reviews_come_once_in_an_order_of_their_own_and_a_hundredth_is_held_out(
 def test_a_row_that_is_no_review_is_named(row: dict, tmp_path: Path) -> None:
     fine = {"text": "a", "label": 1}
     data = write_imdb(tmp_path, {"train": [fine], "test": [fine, row], "unsupervised": []})
-    with pytest.raises(ValueError, match=r"test split, row 1: needs a text, and a label"):
+    with pytest.raises(ValueError, match=r"test row 2 needs a text and a label of 0, 1"):
         read_reviews(data)
+
+
+@pytest.mark.parametrize("data", ["movie_reviews", "rotten_tomatoes", "", "no/such/folder"])
+def test_other_sources_are_refused(data: str) -> None:
+    with pytest.raises(ValueError, match=r"must be imdb \(from the hub\) or a folder with"):
+        read_reviews(data)
+
+
+def test_labels_may_be_text_as_in_csv_files(tmp_path: Path) -> None:
+    for split in ("train", "test", "unsupervised"):
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{split},-1\n", "utf-8")
+    train, held_out = read_reviews(str(tmp_path))
+    assert [review["label"] for review in train + held_out] == [-1, -1, -1]

