@@ -125,8 +125,17 @@ class Run:
         })
 
     def load_state(self) -> None:
-        """Go on where `save_state` was; raises ValueError if other settings made the state."""
+        """Go on where `save_state` was.
+
+        Raises FileNotFoundError without a state, ValueError for one that other settings made.
+        """
+        if not self.state_file.is_file():
+            raise FileNotFoundError(
+                f"out_dir={str(self.folder)!r} holds no run: there is no {self.state_file}")
         state: dict[str, Any] = read_state(self.state_file)
+        if missing := {"settings", "weights", "optimizer", "scaler", "seconds"} - state.keys():
+            raise ValueError(f"{self.state_file} is not of a pretraining: it lacks "
+                             f"{', '.join(sorted(missing))}")
         free = {"init_from": "resume", "eval_iters": self.config.eval_iters}
         if changed := runlog.changed_settings(state["settings"] | free, asdict(self.config)):
             raise ValueError(f"a resumed run keeps its settings, but {changed}")

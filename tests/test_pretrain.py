@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import read_json, read_state, read_tensors
+from checkpoint import read_json, read_state, read_tensors, write_state
 from configurator import configure
 from language_model import evaluate
 from model import GPT
@@ -153,11 +153,17 @@ def test_a_run_is_not_replaced_unless_told_to(config: PretrainConfig) -> None:
 
 def test_resume_refuses_other_settings_and_an_empty_folder(config: PretrainConfig) -> None:
     resumed = replace(config, max_iters=1, init_from="resume")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="holds no run: there is no"):
         main(resumed)
     main(replace(config, max_iters=1))
     with pytest.raises(ValueError, match="keeps its settings, but n_layer=1, now 2"):
         main(replace(resumed, n_layer=2))
+
+
+def test_state_of_another_script_is_refused(config: PretrainConfig) -> None:
+    write_state(Path(config.out_dir, "trainer_state.pt"), {"iteration": 3, "weights": {}})
+    with pytest.raises(ValueError, match=r"is not of a pretraining: it lacks optimizer, scaler"):
+        main(replace(config, init_from="resume"))
 
 
 def test_width_must_fit_the_heads(config: PretrainConfig) -> None:
