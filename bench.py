@@ -413,7 +413,6 @@ def main(config: BenchConfig) -> None:
     wanted = config.what.replace(",", " ").split()
     if not wanted or set(wanted) - {"train", "score", "growth"}:
         raise ValueError(f"what={config.what!r} must be of train, score, growth, with commas")
-    torch.set_grad_enabled(False)
     report = {
         "command": " ".join(["python bench.py", *sys.argv[1:]]), "settings": asdict(config),
         "machine": describe_machine(resolve_device(config.device)),
