@@ -1,8 +1,7 @@
 """Measure speed and memory side by side: ours, the handout's way, transformers with peft.
 
-python bench.py                               GPT-2's 124M shape, everything
-python bench.py what=train,score              under six minutes on two cores
-python bench.py what=growth model=gpt2-mini   how the cost of ours grows
+python bench.py                               GPT-2's 124M shape
+python bench.py what=score model=gpt2-mini    scoring only, the smallest shape
 
 Weights are random, of GPT-2's shape, made so that the model answers as a fine-tuned one does: a
 label word, then end-of-text. Each contender has a process of its own; they take turns.
@@ -18,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -55,7 +54,7 @@ class BenchConfig(DeviceConfig):
     """Settings of `bench.py`."""
 
     model: Annotated[Size, "shape of the random weights"] = "gpt2"
-    what: Annotated[str, "of train, score and growth, with commas"] = "train,score,growth"
+    what: Annotated[str, "train, score or both, with a comma"] = "train,score"
     lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1)] = 128
     batch_size: Annotated[int, "reviews in one forward pass of ours", Bounds(1)] = 64
     rounds: Annotated[int, "measurements of each, after a warm-up", Bounds(1)] = 5
@@ -312,49 +311,6 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
     return {"contenders": table, "ratios": ratios, "spreads": spreads}
 
 
-def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:
-    """Return `number` reviews of about `tokens` tokens each, made of real ones."""
-    tokenizer = get_tokenizer()
-    stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
-    starts = range(0, number * tokens, tokens)
-    return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
-            for start in starts]
-
-
-def grow(config: BenchConfig, **changes: Any) -> dict[str, float]:
-    """Measure ours at one point: seconds a review in training and scoring, and memory."""
-    tokens = changes.pop("review_tokens", 0)
-    config = replace(config, **changes)
-    dtype = str(resolve_dtype(config.dtype, resolve_device(config.device)))[len("torch."):]
-    records = SentimentTask().read(config.dataset, "train")
-    number = max(16, config.batch_size)
-    if tokens:
-        records = sized_reviews(tokens, number, records)
-    contender = Contender("ours", dtype, number, number)
-    with random_checkpoint(config.model, config.seed) as folder:
-        worker = Worker(contender, folder, settings_of(config, contender))
-        point = {}
-        for verb in ("train", "score"):
-            measures, _ = take_turns([worker], verb, records, config)
-            found = measures[contender.name]
-            point[f"{verb}_seconds"] = statistics.median(m.seconds for m in found[1:]) / number
-            point[f"{verb}_memory"] = found[-1].memory
-        worker.stop()
-    return point
-
-
-def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
-    """Measure ours along each axis, all else as in `config` but a batch of at most 16."""
-    on_cpu = resolve_device(config.device).type == "cpu"
-    axes: dict[str, Sequence[Any]] = {
-        "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
-        "lora_rank": (4, 16, 64, 128, 256, 512), "model": tuple(SIZES)[: 3 if on_cpu else None],
-    }
-    base = replace(config, rounds=min(3, config.rounds), batch_size=min(16, config.batch_size))
-    return {axis: {str(value): grow(base, **{axis: value}) for value in values}
-            for axis, values in axes.items()}
-
-
 def describe_machine(device: torch.device) -> dict[str, str]:
     return {"device": devices.device_name(device), "threads": str(torch.get_num_threads()),
             "torch": torch.__version__, "python": platform.python_version(),
@@ -365,68 +321,47 @@ def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown tables."""
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines = ["# Speed and memory", "", f"`{report['command']}` on {machine}.", ""]
-    if contenders := report.get("contenders"):
-        keys = list(next(iter(contenders.values())))
-        lines += ["| | " + " | ".join(key.replace("_", " ") for key in keys) + " |"]
-        lines += ["|---" * (len(keys) + 1) + "|"]
-        for name, row in contenders.items():
-            lines.append(f"| {name} | " + " | ".join(f"{row[key]:.4g}" for key in keys) + " |")
-        lines += ["", "| ours against | times faster | in the rounds |", "|---|---|---|"]
-        for key, value in report["ratios"].items():
-            low, high = report["spreads"][key]
-            lines.append(f"| {key} | {value:.2f} | {low:.2f} to {high:.2f} |")
-    for axis, points in report.get("growth", {}).items():
-        lines += ["", f"| {axis.replace('_', ' ')} | training, ms a review | scoring, ms a review |"
-                  " training, MiB |", "|---|---|---|---|"]
-        for value, point in points.items():
-            lines.append(f"| {value} | {point['train_seconds'] * 1e3:.1f} | "
-                         f"{point['score_seconds'] * 1e3:.1f} | {point['train_memory'] >> 20} |")
+    contenders = report["contenders"]
+    keys = list(next(iter(contenders.values())))
+    lines += ["| | " + " | ".join(key.replace("_", " ") for key in keys) + " |"]
+    lines += ["|---" * (len(keys) + 1) + "|"]
+    for name, row in contenders.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.4g}" for key in keys) + " |")
+    lines += ["", "| ours against | times faster | in the rounds |", "|---|---|---|"]
+    for key, value in report["ratios"].items():
+        low, high = report["spreads"][key]
+        lines.append(f"| {key} | {value:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw reviews a second of each contender, and how the cost of ours grows."""
-    axes_of_growth = report.get("growth", {})
-    rows = [verb for verb in ("train", "score") if f"{verb}_reviews_per_second" in
-            next(iter(report.get("contenders", {"": {}}).values()))]
-    panels = len(rows) + len(axes_of_growth)
-    figure = Figure(figsize=(8, 2.6 * panels), layout="constrained")
-    axes = iter(figure.subplots(panels, squeeze=False).flatten())
-    for verb in rows:
-        panel, names = next(axes), list(report["contenders"])
+def plot(report: dict[str, Any], verbs: Sequence[str], path: Path) -> None:
+    """Draw the reviews a second of each contender."""
+    names = list(report["contenders"])
+    figure = Figure(figsize=(8, 2.6 * len(verbs)), layout="constrained")
+    for verb, panel in zip(verbs, figure.subplots(len(verbs), squeeze=False)[:, 0], strict=True):
         speeds = [report["contenders"][name][f"{verb}_reviews_per_second"] for name in names]
-        panel.bar_label(panel.barh(names, speeds, color="C0"), fmt="{:.1f}", padding=3)
+        panel.bar_label(panel.barh(names, speeds), fmt="{:.1f}", padding=3)
         panel.set(title=f"{verb}: reviews a second", xscale="log")
-    for axis, points in axes_of_growth.items():
-        panel = next(axes)
-        for verb, style in (("train", "o-"), ("score", "s--")):
-            seconds = [point[f"{verb}_seconds"] * 1e3 for point in points.values()]
-            panel.plot(list(points), seconds, style, label=verb)
-        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", yscale="log")
-        panel.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
 @devices.out_of_memory_told()
 def main(config: BenchConfig) -> None:
-    wanted = config.what.replace(",", " ").split()
-    if not wanted or set(wanted) - {"train", "score", "growth"}:
-        raise ValueError(f"what={config.what!r} must be of train, score, growth, with commas")
+    verbs = config.what.replace(",", " ").split()
+    if not verbs or set(verbs) - {"train", "score"}:
+        raise ValueError(f"what={config.what!r} must be train, score or both, with a comma")
     report = {
         "command": " ".join(["python bench.py", *sys.argv[1:]]), "settings": asdict(config),
         "machine": describe_machine(resolve_device(config.device)),
     }
-    if verbs := [verb for verb in ("train", "score") if verb in wanted]:
-        with random_checkpoint(config.model, config.seed) as folder:
-            report |= compare(config, folder, verbs)
-    if "growth" in wanted:
-        report["growth"] = growth(config)
+    with random_checkpoint(config.model, config.seed) as folder:
+        report |= compare(config, folder, verbs)
     out_dir = Path(config.out_dir)
     write_json(out_dir / "bench.json", report)
     with atomic_write(out_dir / "bench.md") as path:
         path.write_text(markdown(report), "utf-8")
-    plot(report, out_dir / "bench.png")
+    plot(report, verbs, out_dir / "bench.png")
     print(markdown(report))
 
 
