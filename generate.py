@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
-from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, pad
+from dataloader import ANSWER_ROOM, CustomDataLoader, Record, SentimentTask, equal_parts, pad
 from devices import (
     DeviceConfig,
     autocast,
     device_name,
-    keep_freed_memory,
     out_of_memory_told,
     resolve_device,
     resolve_dtype,
+    set_up_memory,
 )
 from model import GPT, load_checkpoint
 from runlog import read_run
@@ -94,10 +94,11 @@ class ModelSampler:
         self.model.eval()
         with torch.no_grad(), autocast(self.model.device, self.dtype):
             prefix = self.loader.prefix(prompts)
-            past = self.model.prefill(self._tensor([prefix])) if prefix else None
-            starts = range(0, len(prompts), self.batch_size)
-            for start in tqdm(starts, progress, disable=not progress, leave=False, unit="batch"):
-                batch = by_length[start : start + self.batch_size]
+            past = self.model.prefill(self._tensor([prefix]).long())
+            parts = equal_parts(
+                [len(prompts[i]) - len(prefix) for i in by_length], self.batch_size)
+            for part in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
+                batch = by_length[part]
                 answers = self._answer([prompts[i][len(prefix) :] for i in batch], past)
                 predictions.update(zip(batch, answers, strict=True))
         self.model.train(was_training)
@@ -221,7 +222,7 @@ def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) ->
 
 @out_of_memory_told()
 def main(config: GenerateConfig) -> None:
-    keep_freed_memory()
+    set_up_memory()
     torch.manual_seed(config.seed)
     model, dtype, settings, folder = load_subject(config)
     chosen = {name: value for name, value in

@@ -25,10 +25,13 @@ class LoRALinear(nn.Linear):
     A and B are float32 even where the base weight is of lower precision, and start frozen
     (`mark_only_lora_as_trainable`). `train(False)`, which every parent's `eval()` calls, merges;
     `train()` restores the base weight bit for bit. With `lora_rank=0` this is a plain `nn.Linear`.
-    Shapes: `(..., in)` to `(..., out)`.
+    Shapes: `(..., in)` to `(..., out)`. All its products are taken by `product(x, weight, bias)`,
+    which a subclass may replace by a faster equal of `F.linear`.
 
     Raises ValueError if the rank is negative or the groups do not divide `out_features`.
     """
+
+    product = staticmethod(F.linear)
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True,
@@ -69,18 +72,16 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = super().forward(x)  # (..., out)
+        h = self.product(x, self.weight, self.bias)  # (..., out)
         if self.has_weights_merged or not self.is_lora():
             return h
         lora_A, lora_B = self.lora_A, self.lora_B
         if not torch.is_autocast_enabled(x.device.type):  # a bare layer of lower precision
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        down = F.linear(self.lora_dropout(x), lora_A) * self.lora_scaling  # (..., G·r)
-        if self.lora_groups == 1:
-            return h + F.linear(down, lora_B)  # (..., r) x (r, out) -> (..., out)
-        down = down.unflatten(-1, (self.lora_groups, -1))  # (..., G, r)
-        up = torch.einsum("...gr,gor->...go", down, self._grouped(lora_B))  # (..., G, out/G)
-        return h + up.flatten(-2)
+        down = self.product(self.lora_dropout(x), lora_A) * self.lora_scaling  # (..., G·r)
+        pairs = zip(down.chunk(self.lora_groups, -1), lora_B.chunk(self.lora_groups), strict=True)
+        ups = [self.product(part, matrix) for part, matrix in pairs]  # G of (..., out/G)
+        return h + (torch.cat(ups, dim=-1) if len(ups) > 1 else ups[0])
 
     def train(self, mode: bool = True) -> "LoRALinear":
         super().train(mode)

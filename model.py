@@ -21,12 +21,17 @@ from lora import (
     lora_layers,
     mark_only_lora_as_trainable,
 )
+from products import attend, linear
 
 IGNORE = -100  # target of a position that is not supervised
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
-# Keys and values of every layer, each (B or 1, H, P, D).
-Cache = list[tuple[Tensor, Tensor]]
+KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, H, tokens, D)
+Cache = list[KeyValue]  # of all layers
+
+
+class Projection(LoRALinear):
+    product = staticmethod(linear)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,9 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
-    def linear(self, target: str, in_features: int, out_features: int) -> LoRALinear:
+    def linear(self, target: str, in_features: int, out_features: int) -> Projection:
         """Make the projection called `target`, adapted if it is among `lora_targets`."""
-        return LoRALinear(
+        return Projection(
             in_features, out_features,
             lora_rank=self.lora_rank if target in self.lora_targets else 0,
             lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
@@ -81,21 +86,18 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        self, x: Tensor, prefix: KeyValue | None, past: KeyValue | None, mask: Tensor | None,
         rows: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, KeyValue]:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if rows is not None:
             q = take_rows(q.transpose(1, 2), rows).transpose(1, 2)  # (B, H, R, D)
         if past is not None:
-            past_k, past_v = (tensor.expand(B, -1, -1, -1) for tensor in past)
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (B, H, P+T, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None
-        )  # (B, H, T or R, D)
-        y = y.transpose(1, 2).reshape(B, -1, C)
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # (B, H, S, D)
+        y = attend(q, k, v, prefix, mask, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, -1, C)  # (B, T or R, C)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
 
@@ -119,11 +121,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        self, x: Tensor, prefix: KeyValue | None, past: KeyValue | None, mask: Tensor | None,
         rows: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the output at all positions, or at `rows` (B, R) only, and all keys and values."""
-        attended, present = self.attn(self.ln_1(x), past, mask, rows)
+    ) -> tuple[Tensor, KeyValue]:
+        """Return the output at all positions, or at `rows` (B, R) only, and own keys and values."""
+        attended, present = self.attn(self.ln_1(x), prefix, past, mask, rows)
         x = attended + (x if rows is None else take_rows(x, rows))
         return x + self.mlp(self.ln_2(x)), present
 
@@ -181,7 +183,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits, targets[supervised])
 
     def prefill(self, idx: Tensor) -> Cache:
-        """Return the keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
+        """Return keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
+        if len(idx) != 1:
+            raise ValueError(f"a prefix is shared by all rows: it is 1 sequence, not {len(idx)}")
+        if not idx.numel():
+            return []
         self._check_length(idx.size(1))
         return self._run_blocks(idx, rows=idx.new_empty(1, 0))[1]
 
@@ -191,30 +197,29 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
 
     def _run_blocks(
-        self, idx: Tensor, past: Cache | None = None,
+        self, idx: Tensor, prefix: Cache | None = None, past: Cache | None = None,
         positions: Tensor | None = None, mask: Tensor | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Return the final hidden states (B, T, C) of `idx` and the cache extended by them.
+        """Return the final hidden states (B, T, C) of `idx`, and `past` extended by them.
 
-        With `rows` (B, R) they are those of these positions: of the others the last block makes
-        keys and values only.
+        `prefix` is of batch 1, `past` the rows' own; with a `past` come `positions` and a `mask`
+        (see `attend`). With `rows` (B, R) the states are those of these positions: of the others
+        the last block makes keys and values only.
         """
-        P, T = cache_length(past), idx.size(1)
+        P, T = cache_length(prefix), idx.size(1)
         if positions is None:
             positions = torch.arange(P, P + T, device=idx.device)
-        if mask is None and past is not None:
-            mask = torch.ones(T, P + T, dtype=torch.bool, device=idx.device).tril(P)
         # The residual stream keeps the precision of the layer norms, whatever the matrices have.
         dtype = self.transformer.ln_f.weight.dtype
         x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
         x = self.transformer.drop(x)  # (B, T, C)
         cache = []
         for layer, block in enumerate(self.transformer.h):
-            last = layer == self.config.n_layer - 1 and rows is not None
-            if last:
-                mask = torch.arange(P + T, device=idx.device) <= P + rows[:, None, :, None]
-            x, present = block(
-                x, past[layer] if past is not None else None, mask, rows if last else None)
+            chosen = rows if layer == self.config.n_layer - 1 else None
+            if chosen is not None:
+                mask = torch.arange(T, device=idx.device) <= rows[:, None, :, None]  # (B, 1, R, T)
+            known = (known[layer] if known else None for known in (prefix, past))
+            x, present = block(x, *known, mask, chosen)
             cache.append(present)
         return self.transformer.ln_f(x), cache
 
@@ -222,7 +227,7 @@ class GPT(nn.Module):
         """Return logits in the embedding's own precision: 16 bits would tie the label words."""
         weight = self.transformer.wte.weight
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight)  # (..., C) x (C, V) -> (..., V)
+            return linear(x.to(weight.dtype), weight)  # (..., C) x (C, V) -> (..., V)
 
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -270,10 +275,10 @@ class GPT(nn.Module):
             if plain and cache_length(cache) == limit:
                 x, cache = self._run_blocks(idx[:, -limit:])
             else:
-                slots = torch.arange(P + T + step + 1, device=idx.device)
-                mask = (slots < P + lengths[:, None]) | (slots >= P + T)  # (B, P+T+step+1)
+                slots = torch.arange(T + step + 1, device=idx.device)
+                mask = (slots < lengths[:, None]) | (slots >= T)  # (B, T+step+1)
                 positions = (P + lengths + step)[:, None]
-                x, cache = self._run_blocks(token, cache, positions, mask[:, None, None])
+                x, cache = self._run_blocks(token, past, cache, positions, mask[:, None, None])
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":

@@ -51,6 +51,8 @@ def set_learning_rate(
 def configure_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable; biases and layer norms are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # now, and not between the activations of the first step
+        parameter.grad = torch.zeros_like(parameter)
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

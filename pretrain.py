@@ -171,7 +171,7 @@ def fit(run: Run) -> None:
 @devices.out_of_memory_told()
 def main(config: PretrainConfig) -> dict[str, float]:
     """Run `config` to its end; return the scores of the model as it is saved, in float16."""
-    devices.keep_freed_memory()
+    devices.set_up_memory()
     run = Run(config)
     size = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"{size:,} weights on {run.device}, {run.dtype}; {len(run.rows.tokens):,} tokens to "

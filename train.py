@@ -65,14 +65,33 @@ class TrainConfig(OptimizerConfig, RunConfig):
     backend: Annotated[Backend, "of torchrun's processes; auto is nccl on CUDA"] = "auto"
 
 
-def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss of the supervised tokens; the shared prefix runs once per batch."""
-    past = model.prefill(batch.prefix) if batch.prefix.numel() else None
-    return model(batch.inputs, batch.targets, past)[1]
+class SharedPrefix:
+    """Keys and values of a prefix that batches share: it runs once, and is differentiated once.
+
+    The batches add up their gradients in `past`; `backward` takes the sum on to the adapters.
+    """
+
+    def __init__(self, model: GPT, prefix: Tensor) -> None:
+        made = model.prefill(prefix.to(model.device))
+        self.made = [tensor for pair in made for tensor in pair]
+        self.leaves = [self._leaf(tensor) for tensor in self.made]
+        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+
+    @staticmethod
+    def _leaf(made: Tensor) -> Tensor:
+        leaf = made.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        leaf.requires_grad = made.requires_grad
+        leaf.grad = torch.zeros_like(leaf) if made.requires_grad else None
+        return leaf
+
+    def backward(self) -> None:
+        pairs = zip(self.made, self.leaves, strict=True)
+        gradients = [(made, leaf.grad.to(made.dtype)) for made, leaf in pairs if made.requires_grad]
+        torch.autograd.backward(*map(list, zip(*gradients, strict=True)))
 
 
 def train_step(
-    model: nn.Module, batches: list[Batch], optimizer: torch.optim.Optimizer,
+    model: GPT, batches: list[Batch], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, grad_clip: float, dtype: torch.dtype,
 ) -> float:
     """Take one optimizer step on a window of batches; return its loss in nats a token.
@@ -81,13 +100,18 @@ def train_step(
     number, so that it does not depend on how the window is cut into batches.
     """
     supervised = sum(batch.supervised_tokens for batch in batches)
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=model.device)
+    with autocast(model.device, dtype):
+        prefix = SharedPrefix(model, batches[0].prefix)
     for batch in batches[rank() :: world_size()]:
-        with autocast(device, dtype):
-            loss = batch_loss(model, batch.to(device)) * (batch.supervised_tokens / supervised)
+        with autocast(model.device, dtype):
+            batch = batch.to(model.device)
+            _, loss = model(batch.inputs, batch.targets, prefix.past)
+            loss = loss * (batch.supervised_tokens / supervised)
         scaler.scale(loss).backward()
         total += loss.detach()
+    if prefix.past:
+        prefix.backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     devices.sum_over_ranks([total, *(parameter.grad for parameter in trained)])
     if not math.isfinite(total):
@@ -97,7 +121,7 @@ def train_step(
         nn.utils.clip_grad_norm_(trained, grad_clip)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)  # in place: new ones would lie scattered in memory
     return total.item()
 
 
@@ -107,8 +131,11 @@ def validation_loss(model: GPT, batches: list[Batch], dtype: torch.dtype) -> flo
     model.eval()
     total = tokens = 0.0
     with autocast(model.device, dtype):
+        past = model.prefill(batches[0].prefix.to(model.device))
         for batch in batches:
-            total += batch_loss(model, batch.to(model.device)).item() * batch.supervised_tokens
+            batch = batch.to(model.device)
+            _, loss = model(batch.inputs, batch.targets, past)
+            total += loss.item() * batch.supervised_tokens
             tokens += batch.supervised_tokens
     model.train()
     return total / tokens
@@ -319,7 +346,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
 @devices.out_of_memory_told()
 def main(config: TrainConfig) -> None:
-    devices.keep_freed_memory()
+    devices.set_up_memory()
     resume = config.init_from == "resume"
     train(resumed(config) if resume else config, resume)
 

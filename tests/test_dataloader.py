@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import math
 import random
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dataloader import (
     CustomDataLoader,
     SentimentTask,
     common_prefix,
+    equal_parts,
     get_sentiment_prompt,
     get_tokenizer,
 )
@@ -388,9 +390,35 @@ def test_one_batch_of_eight_is_four_batches_of_two(reviews: str, iteration: int)
     assert whole.supervised_tokens == sum(part.supervised_tokens for part in parts) == 16
 
 
+@pytest.mark.parametrize(("lengths", "batch_size", "expected"), [
+    ([4] * 8, 2, [2, 2, 2, 2]),
+    ([4] * 5, 2, [2, 2, 1]),
+    ([1] * 20 + [10] * 2, 11, [20, 2]),
+    ([1, 1, 1, 50], 2, [3, 1]),
+    ([1, 50, 50, 50], 1, [1, 1, 1, 1]),
+    ([7], 64, [1]),
+    ([], 4, []),
+], ids=str)
+def test_parts_are_of_equally_many_tokens(
+    lengths: list[int], batch_size: int, expected: list[int]
+) -> None:
+    parts = equal_parts(lengths, batch_size)
+    assert [len(lengths[part]) for part in parts] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
+def test_parts_are_as_many_as_batches_of_equal_rows_and_none_is_empty(batch_size: int) -> None:
+    lengths = sorted(random.Random(0).choices(range(1, 60), k=100))
+    parts = equal_parts(lengths, batch_size)
+    assert [i for part in parts for i in range(100)[part]] == list(range(100))
+    assert len(parts) == math.ceil(100 / batch_size)
+    assert all(lengths[part] for part in parts)
+
+
 def test_batches_of_a_window_are_sorted_by_length(reviews: str) -> None:
     batches = make_loader(reviews).window(0, 30, 7)
-    assert [len(batch.inputs) for batch in batches] == [7, 7, 7, 7, 2]
+    assert len(batches) == 5
+    assert sum(len(batch.inputs) for batch in batches) == 30
     lengths = [[len(row) for row in sequences(batch)] for batch in batches]
     flat = [length for batch in lengths for length in batch]
     assert flat == sorted(flat)

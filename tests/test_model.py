@@ -103,7 +103,12 @@ def test_kv_cache_equals_no_cache(changes: dict[str, Any], batch: int) -> None:
     model, prefix, idx = make(**changes), ids(1, 7), ids(batch, 9)
     joint, _ = model(torch.cat((prefix.expand(batch, -1), idx), dim=1))
     close(model(idx, past=model.prefill(prefix))[0], joint[:, 7:])
-    close(model(idx, past=model.prefill(prefix.expand(batch, -1)))[0], joint[:, 7:])
+    close(model(idx, past=model.prefill(ids(1, 0)))[0], model(idx)[0])
+
+
+def test_prefix_of_several_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="it is 1 sequence, not 3"):
+        make().prefill(ids(3, 7))
 
 
 # Within the block, across its end, exactly full at the start, and longer than it.

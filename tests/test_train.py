@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import runlog
 from dataloader import SentimentTask
 from generate import make_loader
 from lora import lora_layers, lora_state_dict
-from model import GPT, build_model, load_checkpoint
+from model import GPT, IGNORE, build_model, load_checkpoint
 from optimizer import configure_optimizer
 from train import (
     Run,
+    SharedPrefix,
     TrainConfig,
-    batch_loss,
     resumed,
     train,
     train_step,
@@ -62,6 +63,29 @@ def test_one_by_eight_equals_four_by_two(config: TrainConfig, rank: int) -> None
         assert loss == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("targets", ["c_attn", "mlp.c_fc"])
+def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
+    config: TrainConfig, targets: str
+) -> None:
+    """With mlp.c_fc the first layer's keys and values depend on no adapter."""
+    model = fresh_model(replace(config, lora_dropout=0.0, lora_targets=targets))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batches = make_loader(asdict(config), model).window(0, 8, 3)
+    prefix = SharedPrefix(model, batches[0].prefix)
+    losses = [model(batch.inputs, batch.targets, prefix.past)[1] for batch in batches]
+    for loss in losses:
+        loss.backward()
+    prefix.backward()
+    plain = [model(torch.cat((batch.prefix.expand(len(batch.inputs), -1), batch.inputs), dim=1),
+                   F.pad(batch.targets, (batch.prefix.size(1), 0), value=IGNORE))[1]
+             for batch in batches]
+    expected = torch.autograd.grad(sum(plain), trained)
+    torch.testing.assert_close(losses, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([p.grad for p in trained], list(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_step_moves_only_the_adapters(config: TrainConfig) -> None:
     model = fresh_model(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -102,7 +126,9 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(config: TrainConfig)
     model = fresh_model(config)
     loader = make_loader(asdict(config), model)
     records = loader.records("validation")
-    singly = [batch_loss(model.eval(), batch) for batch in loader.batches(records, 1)]
+    model.eval()
+    singly = [model(batch.inputs, batch.targets, model.prefill(batch.prefix))[1]
+              for batch in loader.batches(records, 1)]
     expected = float(torch.stack(singly).mean())  # each review supervises two tokens
     for batch_size in (1, 5, 12):
         found = validation_loss(model, loader.batches(records, batch_size), torch.float32)

@@ -1,4 +1,4 @@
-"""Two ways in which people fine-tune GPT-2 on this task, to measure ours against.
+"""Who is measured: our own fine-tuning and scoring, and two ways in which people do the same.
 
 `HandoutStyle` is the usual homework solution: padded batches, logits at every position, a dense
 `B @ A` in every forward, a float32 model that never merges, and scoring of one review at a time
@@ -14,20 +14,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloader import CustomDataLoader, Record, pad
+from checkpoint import save_adapter
+from dataloader import CustomDataLoader, Record, SentimentTask, pad
+from devices import resolve_dtype
+from generate import ModelSampler, make_loader
 from lora import LoRALinear, lora_layers
 from model import IGNORE, build_model
+from optimizer import configure_optimizer
+from train import TrainConfig, train_step
 
 NEW_TOKENS = 5  # that every contender generates for an answer
+
+
+class Ours:
+    """This package; with `lora_rank=0` full fine-tuning."""
+
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
+        self.dtype = resolve_dtype(settings["dtype"], device)
+        self.model = build_model(folder, settings, device, self.dtype)
+        self.loader = make_loader(settings, self.model)
+        self.batch_size = settings["batch_size"]
+        self.optimizer = configure_optimizer(self.model, TrainConfig(**settings))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def train(self, records: Sequence[Record]) -> None:
+        """Take one optimizer step on `records`."""
+        train_step(self.model.train(), self.loader.batches(records, self.batch_size),
+                   self.optimizer, self.scaler, 1.0, self.dtype)
+
+    def score(self, records: Sequence[Record]) -> list[str]:
+        """Return what the model writes behind the prompt of each record."""
+        sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
+        return [prediction.generated for prediction in sampler.predict_labels(records)]
+
+    def save(self, folder: Path) -> None:
+        if lora_layers(self.model):
+            save_adapter(self.model, folder, "gpt2")
+        else:
+            self.model.save_pretrained(folder)
 
 
 class DenseLoRALinear(LoRALinear):
     """The layer as it is often written: the update is built as a dense matrix in every forward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        lora_A, lora_B = self._grouped(self.lora_A), self._grouped(self.lora_B)
+        h = F.linear(x, self.weight, self.bias)
+        if not self.is_lora():
+            return h
+        lora_A, lora_B = (matrix.unflatten(0, (self.lora_groups, -1))
+                          for matrix in (self.lora_A, self.lora_B))
         delta = (lora_B @ lora_A).flatten(0, 1) * self.lora_scaling  # (out, in)
-        return F.linear(x, self.weight, self.bias) + F.linear(self.lora_dropout(x), delta)
+        return h + F.linear(self.lora_dropout(x), delta)
 
     def train(self, mode: bool = True) -> "DenseLoRALinear":
         return nn.Linear.train(self, mode)  # merging is dead code there
@@ -44,13 +81,14 @@ def padded(loader: CustomDataLoader, records: Sequence[Record]) -> tuple[Tensor,
 
 
 class Baseline:
-    """What a baseline does to train, given its `model`, `loss` and best `micro_batch` on a CPU."""
+    """What a baseline does to train, given its `model` and `loss`."""
 
-    micro_batch: int
     model: nn.Module
 
-    def __init__(self, loader: CustomDataLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, settings: dict[str, Any], block_size: int, device: torch.device) -> None:
+        self.device = device
+        self.micro_batch = 4 if device.type == "cpu" else 32  # on a CPU 16 is slower
+        self.loader = CustomDataLoader(settings["dataset"], SentimentTask(), block_size)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2.5e-4, weight_decay=0.1)
 
@@ -72,15 +110,12 @@ class Baseline:
 class HandoutStyle(Baseline):
     """The usual homework solution; settings as for `model.build_model`, weights in float32."""
 
-    micro_batch = 4
-
-    def __init__(
-        self, folder: str, settings: dict[str, Any], loader: CustomDataLoader, device: torch.device
-    ) -> None:
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
         self.model = build_model(folder, settings, device, torch.float32)
-        for layer in lora_layers(self.model).values():
-            layer.__class__ = DenseLoRALinear
-        super().__init__(loader, device)
+        for layer in self.model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.__class__ = DenseLoRALinear
+        super().__init__(settings, self.model.config.block_size, device)
 
     def save(self, folder: Path) -> None:
         """Save the whole frozen model with the optimizer, as that code does."""
@@ -90,9 +125,12 @@ class HandoutStyle(Baseline):
     def loss(self, records: Sequence[Record]) -> Tensor:
         """Return the mean loss in nats of the supervised tokens, over logits (B, T, V)."""
         idx, targets, _ = (tensor.to(self.device) for tensor in padded(self.loader, records))
-        logits, _ = self.model(idx[:, :-1])
+        logits = self.logits(self.model._run_blocks(idx[:, :-1])[0])
         return F.cross_entropy(
             logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model.transformer.wte.weight)  # (..., C) -> (..., V)
 
     @torch.no_grad()
     def score(self, records: Sequence[Record]) -> list[str]:
@@ -104,7 +142,7 @@ class HandoutStyle(Baseline):
         idx = torch.tensor([prompt], device=self.device)
         for _ in range(NEW_TOKENS):
             hidden, _ = self.model._run_blocks(idx)  # (1, T, C)
-            token = self.model._head(hidden[:, -1]).argmax(dim=-1, keepdim=True)
+            token = self.logits(hidden[:, -1]).argmax(dim=-1, keepdim=True)
             idx = torch.cat((idx, token), dim=1)
         return self.loader.tokenizer.decode(idx[0, len(prompt) :].tolist())
 
@@ -112,12 +150,9 @@ class HandoutStyle(Baseline):
 class PeftStyle(Baseline):
     """`transformers` with `peft`'s adapter on c_attn, weights in float32."""
 
-    micro_batch = 4
     score_batch = 16
 
-    def __init__(
-        self, folder: str, settings: dict[str, Any], loader: CustomDataLoader, device: torch.device
-    ) -> None:
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model  # for this contender only: slow to import
         from transformers import GPT2LMHeadModel
 
@@ -127,7 +162,7 @@ class PeftStyle(Baseline):
             lora_dropout=settings["lora_dropout"], fan_in_fan_out=True, task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(base, config).to(device)
-        super().__init__(loader, device)
+        super().__init__(settings, base.config.n_positions, device)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import set_peft_model_state_dict
 
-from baselines import NEW_TOKENS, HandoutStyle, PeftStyle, padded
 from checkpoint import peft_state_dict
+from contenders import NEW_TOKENS, HandoutStyle, PeftStyle, padded
 from generate import ModelSampler, make_loader
 from lora import lora_layers
 from model import IGNORE, build_model
-from train import TrainConfig, batch_loss
+from train import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def contenders(config: TrainConfig) -> tuple:
     settings = asdict(replace(config, lora_dropout=0.0))
     ours = build_model(config.init_from, settings, CPU, torch.float32)
     loader = make_loader(settings, ours)
-    handout, peft = (cls(config.init_from, settings, loader, CPU)
+    handout, peft = (cls(config.init_from, settings, CPU)
                      for cls in (HandoutStyle, PeftStyle))
     for layer in lora_layers(ours).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_equal(config: TrainConfig, qkv: str) -> None:
     ours, handout, peft, loader = contenders(replace(config, lora_qkv=qkv))
     records = loader.records("train")[:6]
     (batch,) = loader.batches(records, 6)
-    expected = batch_loss(ours, batch)
+    expected = ours(batch.inputs, batch.targets, ours.prefill(batch.prefix))[1]
     gradients = torch.autograd.grad(expected, [p for p in ours.parameters() if p.requires_grad])
     loss = handout.loss(records)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,186 @@
+"""One contender in one process: what it does, how long it takes, and how much memory it holds."""
+
+import multiprocessing
+import random
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import devices
+import products
+from checkpoint import END_OF_TEXT
+from contenders import HandoutStyle, Ours, PeftStyle
+from dataloader import Record, get_tokenizer
+from model import GPT, GPTConfig
+
+SIZES = {  # layers, heads, width
+    "gpt2-mini": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}
+Way = Literal["ours", "full", "handout", "peft"]
+WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
+MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
+
+
+class Contender(NamedTuple):
+    """Who is measured, in which precision, and how many reviews a measurement takes."""
+
+    way: Way
+    dtype: str
+    train: int
+    score: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}.{self.dtype}"
+
+
+class Measure(NamedTuple):
+    """One answer of a worker."""
+
+    result: Any
+    seconds: float
+    memory: int  # bytes at most so far: allocated on CUDA, else resident
+    age: float  # seconds since the process was started
+
+
+def work(pipe: Connection, way: Way, folder: str, settings: dict[str, Any], started: float) -> None:
+    """Serve one contender: answer each (verb, argument) with a `Measure`, until the pipe closes."""
+    devices.set_up_memory()
+    device = devices.resolve_device(settings["device"])
+    contender = WAYS[way](folder, settings, device)
+    on_cuda = device.type == "cuda"
+    while True:
+        try:
+            verb, argument = pipe.recv()
+        except EOFError:
+            return
+        begun = time.perf_counter()
+        result = (checkpoint_bytes(contender) if verb == "checkpoint_bytes" else
+                  getattr(contender, verb)(argument))
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begun
+        memory = torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_bytes()
+        pipe.send(Measure(result, seconds, memory, time.time() - started))
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage(2) would start from what the parent held at the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def checkpoint_bytes(contender: Any) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        contender.save(Path(scratch))
+        return sum(path.stat().st_size for path in Path(scratch).iterdir())
+
+
+class Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, contender: Contender, folder: str, settings: dict[str, Any]) -> None:
+        self.contender = contender
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, contender.way, folder, settings, time.time())
+        self.process = context.Process(target=work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, verb: str, argument: Any) -> Measure:
+        """Raises OSError if the process has died."""
+        try:
+            self.pipe.send((verb, argument))
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise OSError(f"{self.contender.name}: its process died with exit code "
+                          f"{self.process.exitcode}") from None
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def shape_of(size: str) -> GPTConfig:
+    layers, heads, width = SIZES[size]
+    return GPTConfig(n_layer=layers, n_head=heads, n_embd=width)
+
+
+@contextmanager
+def random_checkpoint(size: str, seed: int) -> Iterator[str]:
+    """Make a folder with a random GPT-2 that answers all prompts with " positive", end-of-text.
+
+    Channel 0 of the final state says "that word was just there", channel 1 that anything else was.
+    """
+    torch.manual_seed(seed)
+    model = GPT(shape_of(size))
+    (word,) = get_tokenizer().encode_ordinary(" positive")
+    norm, wte = model.transformer.ln_f, model.transformer.wte.weight
+    with torch.no_grad():
+        wte[:, :2] = 0.0
+        wte[word, 0], wte[word, 1] = 10.0, 1.0
+        wte[END_OF_TEXT, 0] = -2.0  # the sign turns in the norm: the word does not follow itself
+        norm.weight[0], norm.weight[1], norm.bias[1] = -1.0, 0.0, 20.0
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        yield folder
+
+
+def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[Record]:
+    """Return `number` records, in random order, of lengths spread as those of `records`."""
+    by_length = sorted(records, key=lambda record: len(record["text"]))
+    size = len(by_length) / number
+    return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some.
+
+    "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `products.linear`.
+    """
+    rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(columns, inner, device=device).to(dtype)
+    seconds: dict[Any, list[float]] = {F.linear: [], products.linear: []}
+    for _ in range(10):
+        for product, times in seconds.items():
+            started = time.perf_counter()
+            product(x, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+    flops = {product: 2 * rows * inner * columns / min(times) for product, times in seconds.items()}
+    return {"plain": flops[F.linear], "best": max(flops.values())}
+
+
+def useful_flops(shape: GPTConfig, own: float, prefix: float, rank: int, verb: str) -> float:
+    """Return the matrix FLOPs that a review needs; a frozen weight (rank > 0) needs no gradient.
+
+    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
+    keys and values everywhere, the rest at two positions; so does the head. Attention's own
+    products, some 2 %, are left out.
+    """
+    C, answers = shape.n_embd, 2
+    everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
+    forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
+    if verb == "score":
+        return forward + 2 * 12 * C * C * (shape.n_layer - 1)  # and the label's way to end-of-text
+    if not rank:
+        return 3 * forward
+    adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
+    return 2 * forward + 3 * adapters

@@ -1,0 +1,109 @@
+"""A GPT-2's two kinds of products, linear layers and attention, by the fastest of torch's kernels.
+
+Dimensions as in `model.py`; S is the number of keys that rows have of their own.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Tell whether to leave MKL: on AMD it keeps to AVX2, where oneDNN uses AVX-512 if there is.
+
+    By what the machine is, not by a measurement: a resumed run must take the path it took before.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    return (
+        cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`, (..., in) x (out, in) -> (..., out), as `F.linear` does.
+
+    float32 on a CPU goes through oneDNN where that is faster; all else is `F.linear` itself.
+    """
+    plain = (
+        x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        or x.numel() == 0 or not onednn_is_faster()
+    )
+    return F.linear(x, weight, bias) if plain else _OneDnnLinear.apply(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # for a part of a matrix oneDNN has its reference code only
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # (rows, out)
+        return (
+            _onednn(grad, weight.t()) if for_x else None,
+            _onednn(rows.t(), x.flatten(0, -2).t()) if for_weight else None,  # (out, in)
+            rows.sum(dim=0) if for_bias else None,
+        )
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a prefix that all see and own keys.
+
+    q is (B, H, T, D), k and v are (B, H, S, D), `prefix` holds keys and values (1, H, P, D).
+    `mask` (B or 1, 1, T, S) is True where an own key is seen; None is causal, with S = T.
+    """
+    if prefix is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    (B, _, T, D), P = q.shape, prefix[0].size(2)
+    prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
+    if mask is None:
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
+    # Short rows have fewer attention weights than the copies of the prefix would have numbers.
+    if q.device.type == "cpu" and T < 2 * D:
+        return _attend_in_parts(q, k, v, prefix, mask, dropout)
+    k, v = (torch.cat((shared.expand(B, -1, -1, -1), own), dim=2)  # (B, H, P+S, D)
+            for shared, own in zip(prefix, (k, v), strict=True))
+    return F.scaled_dot_product_attention(q, k, v, F.pad(mask, (P, 0), value=True), dropout)
+
+
+def _attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
+) -> Tensor:
+    """Attend to the prefix for all rows in one product a head: nothing is copied row by row."""
+    (B, H, T, D), S = q.shape, k.size(2)
+    prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
+    q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))
+    rows, scale = q.view(H, B * T, D), D**-0.5
+    unseen = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    unseen = unseen.transpose(0, 1).expand(H, B, T, S).flatten(0, 1)  # (H·B, T, S)
+    to_prefix = torch.baddbmm(q.new_zeros(()), rows, prefix_k.mT, beta=0, alpha=scale)
+    to_own = torch.baddbmm(unseen, q, k.mT, alpha=scale)  # (H·B, T, S)
+    scores = torch.cat((to_prefix.view(H * B, T, -1), to_own), dim=-1)  # (H·B, T, P+S)
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
+    on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
+    y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)
+    y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
+    return y.view(H, B, T, D).transpose(0, 1)
