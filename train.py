@@ -61,7 +61,7 @@ class TrainConfig(OptimizerConfig, RunConfig):
     wandb_project: Annotated[str, "Weights & Biases project"] = "lora-homework"
     wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "auto"
     # system
-    compile: Annotated[bool, "torch.compile the blocks"] = False
+    compile: Annotated[bool, "torch.compile the blocks; for GPUs"] = False
     backend: Annotated[Backend, "of torchrun's processes; auto is nccl on CUDA"] = "auto"
 
 
@@ -157,6 +157,8 @@ class Run:
         if not resume:
             runlog.refuse_loss(settings)
         self.device = devices.start_processes(config.device, config.backend)
+        if config.compile and self.device.type == "cpu":
+            raise ValueError("compile=True makes training on a CPU slower; it is for GPUs")
         saved = runlog.read_run(config.out_dir) if resume else None
         self.dtype = devices.of_rank_zero(run_dtype(saved, config.dtype, self.device))
         torch.manual_seed(config.seed)
