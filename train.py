@@ -85,9 +85,11 @@ class SharedPrefix:
         return leaf
 
     def backward(self) -> None:
-        pairs = zip(self.made, self.leaves, strict=True)
-        gradients = [(made, leaf.grad.to(made.dtype)) for made, leaf in pairs if made.requires_grad]
-        torch.autograd.backward(*map(list, zip(*gradients, strict=True)))
+        pairs = [(made, leaf.grad.to(made.dtype))
+                 for made, leaf in zip(self.made, self.leaves, strict=True) if made.requires_grad]
+        if pairs:  # none without a prefix, or where no adapter acts on keys and values
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
 
 
 def train_step(
@@ -110,8 +112,7 @@ def train_step(
             loss = loss * (batch.supervised_tokens / supervised)
         scaler.scale(loss).backward()
         total += loss.detach()
-    if prefix.past:
-        prefix.backward()
+    prefix.backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     devices.sum_over_ranks([total, *(parameter.grad for parameter in trained)])
     if not math.isfinite(total):

@@ -86,6 +86,15 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
     torch.testing.assert_close([p.grad for p in trained], list(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_prefix_that_no_adapter_acts_on_has_nothing_to_differentiate(config: TrainConfig) -> None:
+    model = fresh_model(config).requires_grad_(False)
+    prefix = SharedPrefix(model, make_loader(asdict(config), model).window(0, 8, 8)[0].prefix)
+    assert prefix.past
+    assert not any(tensor.requires_grad for pair in prefix.past for tensor in pair)
+    prefix.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_step_moves_only_the_adapters(config: TrainConfig) -> None:
     model = fresh_model(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
