@@ -262,11 +262,11 @@ def plot(report: dict[str, Any]) -> Figure:
     for verb, panel in zip(verbs, panels):  # noqa: B905  growth takes the rest
         speeds = [row[f"{verb}_reviews_per_second"] for row in contenders.values()]
         panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
-        panel.set(title=verb, xlabel="reviews a second", xscale="log", xlim=(None, 3 * max(speeds)))
+        panel.set(title=verb, xlabel="reviews a second", xlim=(0, 1.15 * max(speeds)))
     for (axis, points), panel in zip(growing.items(), panels, strict=True):
         for verb, style in (("train", "o-"), ("score", "s--")):
             panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
-        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", yscale="log")
+        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", ylim=(0, None))
         panel.legend()
     return figure
 

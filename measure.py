@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import re
 import resource
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,9 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, contender.way, folder, settings, time.time())
         self.process = context.Process(target=work, args=arguments, daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         theirs.close()
 
     def ask(self, verb: str, argument: Any) -> Measure:

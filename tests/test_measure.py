@@ -1,6 +1,8 @@
 """A contender runs in a process of its own, and what is counted is what it did."""
 
+import os
 import random
+import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -90,6 +92,17 @@ def test_worker_that_dies_is_one_clear_error(settings: dict[str, Any]) -> None:
         worker = Worker(Contender("ours", "float32", 1, 1), folder, settings | {"dtype": "wrong"})
         with pytest.raises(OSError, match=r"ours.float32: its process died with exit code 1"):
             worker.ask("train", [])
+
+
+def test_interrupt_is_the_parents_alone(settings: dict[str, Any]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with random_checkpoint("gpt2-mini", seed=0) as folder:
+        worker = Worker(Contender("ours", "float32", 1, 1), folder, settings)
+        assert signal.getsignal(signal.SIGINT) is before
+        os.kill(worker.process.pid, signal.SIGINT)
+        assert worker.ask("checkpoint_bytes", None).result > 0
+        worker.stop()
+    assert worker.process.exitcode == 0
 
 
 def test_sizes_are_gpt2s() -> None:
