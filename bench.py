@@ -148,14 +148,12 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
                 f"{verb}_seconds_to_first": first.age,
             }
             report["contenders"][rival.name].setdefault("checkpoint_bytes", saved.result)
-        report = with_ratios(report, verb, speeds)
+        add_ratios(report, verb, speeds)
     return report
 
 
-def with_ratios(
-    report: dict[str, Any], verb: str, speeds: dict[str, list[float]]
-) -> dict[str, Any]:
-    """Add how many times faster ours is, round by round, and its share of their memory."""
+def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]) -> None:
+    """Add to `report` how many times faster ours is, by round, and its share of their memory."""
     memory = {name: row[f"{verb}_memory_mib"] for name, row in report["contenders"].items()}
     for name in (name for name in speeds if name.startswith("ours.")):
         for rival in RIVALS:
@@ -165,7 +163,6 @@ def with_ratios(
             report["ratios"][key] = statistics.median(ahead)
             report["spreads"][key] = min(ahead), max(ahead)
             report["memory_ratios"][key] = memory[name] / memory[f"{rival}.float32"]
-    return report
 
 
 def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:

@@ -3,7 +3,6 @@
 import multiprocessing
 import random
 import re
-import resource
 import signal
 import tempfile
 import time
@@ -80,6 +79,8 @@ def peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage(2) would start from what the parent held at the fork
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 

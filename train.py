@@ -42,7 +42,7 @@ class TrainConfig(OptimizerConfig, RunConfig):
     # data
     train_size: Annotated[int, "reviews drawn from the training split; 0 is all", Bounds(0)] = 5000
     block_size: Annotated[int, "longest sequence in tokens; 0 is the model's own", Bounds(0)] = 0
-    batch_size: Annotated[int, "reviews in one forward pass", Bounds(1)] = 64
+    batch_size: Annotated[int, "mean reviews of a forward pass", Bounds(1)] = 64
     gradient_accumulation_steps: Annotated[int, "passes per optimizer step", Bounds(1)] = 2
     # model
     lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0)] = 128
