@@ -8,9 +8,7 @@ Weights are random, of GPT-2's shape, made so that the model answers as a fine-t
 label word, then end-of-text. Each contender has a process of its own; they take turns.
 """
 
-import platform
 import random
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -28,17 +25,17 @@ from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, Record, SentimentTask, get_tokenizer
 from devices import DeviceConfig, resolve_device, resolve_dtype
 from measure import (
-    SIZES,
+    SHAPES,
     Contender,
     Measure,
     Worker,
     matrix_peak,
     random_checkpoint,
-    shape_of,
     spread,
     useful_flops,
 )
 from runlog import git_commit
+from scores import markdown_table
 from train import TrainConfig
 
 Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -115,7 +112,7 @@ def take_turns(
 
 def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
     """Return the mean tokens of a review of its own, and its share of the window's prefix."""
-    loader = CustomDataLoader(config.dataset, SentimentTask(), shape_of(config.model).block_size)
+    loader = CustomDataLoader(config.dataset, SentimentTask(), SHAPES[config.model].block_size)
     prompts = [loader.encode_prompt(record) for record in records]
     prefix = len(loader.prefix(prompts))
     return statistics.mean(map(len, prompts)) - prefix, prefix / WINDOW
@@ -139,7 +136,7 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
             speeds[rival.name] = [getattr(rival, verb) / measure.seconds for measure in rounds]
             speed = statistics.median(speeds[rival.name])
             rank = 0 if rival.way == "full" else config.lora_rank
-            rate = speed * useful_flops(shape_of(config.model), own, prefix, rank, verb)
+            rate = speed * useful_flops(SHAPES[config.model], own, prefix, rank, verb)
             report["contenders"][rival.name] |= {
                 f"{verb}_reviews_per_second": speed, f"{verb}_gflops": rate / 1e9,
                 f"{verb}_share_of_plain_peak": rate / peaks[rival.dtype]["plain"],
@@ -191,7 +188,7 @@ def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str
 
 def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
     """Measure ours along each axis, all else as in `config`."""
-    sizes = tuple(SIZES)[: 3 if resolve_device(config.device).type == "cpu" else None]
+    sizes = tuple(SHAPES)[: 3 if resolve_device(config.device).type == "cpu" else None]
     axes: dict[str, Sequence[Any]] = {
         "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
         "lora_rank": (4, 16, 64, 128, 256, 512), "model": sizes,
@@ -214,19 +211,6 @@ def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
-    return {"device": devices.device_name(device), "processor": "".join(models[:1]),
-            "threads": str(torch.get_num_threads()), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": str(git_commit())}
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return ["", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
-
-
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown tables."""
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
@@ -237,14 +221,15 @@ def markdown(report: dict[str, Any]) -> str:
     if contenders := report.get("contenders"):
         names = list(contenders)
         keys = list(contenders[names[0]])
-        lines += table([["", *names], *([key.replace("_", " ")] + [
+        lines += markdown_table([["", *names], *([key.replace("_", " ")] + [
             f"{contenders[name][key]:,.4g}" for name in names] for key in keys)])
-        lines += table([["ours against", "times faster", "in the rounds", "of its memory"], *(
+        titles = ["ours against", "times faster", "in the rounds", "of its memory"]
+        lines += markdown_table([titles, *(
             [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
              f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
     for axis, points in report.get("growth", {}).items():
         keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
-        lines += table([[axis.replace("_", " "), *keys], *(
+        lines += markdown_table([[axis.replace("_", " "), *keys], *(
             [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
     return "\n".join(lines) + "\n"
 
@@ -283,7 +268,7 @@ def main(config: BenchConfig) -> None:
         raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")
     report: dict[str, Any] = {
         "command": " ".join(["python bench.py", *sys.argv[1:]]), "settings": asdict(config),
-        "machine": describe_machine(resolve_device(config.device)),
+        "machine": devices.describe(resolve_device(config.device)) | {"commit": str(git_commit())},
     }
     if verbs := [verb for verb in ("train", "score") if verb in parts]:
         with random_checkpoint(config.model, config.seed) as folder:

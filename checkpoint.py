@@ -133,10 +133,10 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the fields of `model.GPTConfig` and the float32 weights of a GPT-2 checkpoint.
+def read_hub_shape(name_or_dir: str) -> dict[str, Any]:
+    """Return the fields of `model.GPTConfig` that a GPT-2 checkpoint's `config.json` fixes.
 
-    Raises ValueError for another architecture, OSError for files missing or out of reach.
+    Raises ValueError for another architecture, OSError for a file missing or out of reach.
     """
     hub = read_json(_find(name_or_dir, CONFIG))
     for field, allowed in HUB_FIXED.items():
@@ -145,7 +145,15 @@ def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]
     for field in HUB_FIELDS:
         if not isinstance(hub.get(field), int | float) or hub[field] <= 0:
             raise ValueError(f"{name_or_dir}: {CONFIG} needs a positive number as {field}")
-    shape = {ours: hub[field] for field, ours in HUB_FIELDS.items()}
+    return {ours: hub[field] for field, ours in HUB_FIELDS.items()}
+
+
+def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the shape, as `read_hub_shape` does, and the float32 weights of a GPT-2 checkpoint.
+
+    Raises as it does, and ValueError for a damaged file.
+    """
+    shape = read_hub_shape(name_or_dir)
     weights = {}
     for name, tensor in stream_tensors(_find(name_or_dir, WEIGHTS)):
         name = "transformer." + name.removeprefix("transformer.")

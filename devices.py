@@ -5,6 +5,8 @@ Without torchrun there is one process, of rank 0, and nothing is summed.
 
 import ctypes
 import os
+import platform
+import re
 import signal
 import statistics
 import sys
@@ -53,6 +55,29 @@ def resolve_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return the name of the hardware, by which results and precision can be compared."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what speed and rounding depend on: the hardware and the versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    processor = re.search(r"model name\s*: (.*)", text)
+    return {"device": device_name(device),
+            "processor": processor[1] if processor else platform.processor(),
+            "threads": str(torch.get_num_threads()), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: allocated on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage(2) would start from what the parent held at the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

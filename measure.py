@@ -2,7 +2,6 @@
 
 import multiprocessing
 import random
-import re
 import signal
 import tempfile
 import time
@@ -20,12 +19,10 @@ import products
 from checkpoint import END_OF_TEXT
 from contenders import HandoutStyle, Ours, PeftStyle
 from dataloader import Record, get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig
 
-SIZES = {  # layers, heads, width
-    "gpt2-mini": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}
+# With the positions of the others, which long reviews take.
+SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
 Way = Literal["ours", "full", "handout", "peft"]
 WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
 MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
@@ -70,18 +67,8 @@ def work(pipe: Connection, way: Way, folder: str, settings: dict[str, Any], star
         if on_cuda:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begun
-        memory = torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_bytes()
+        memory = devices.peak_memory(device)
         pipe.send(Measure(result, seconds, memory, time.time() - started))
-
-
-def peak_resident_bytes() -> int:
-    """Return the most memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage(2) would start from what the parent held at the fork
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    import resource  # Windows has none
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def checkpoint_bytes(contender: Any) -> int:
@@ -119,11 +106,6 @@ class Worker:
         self.process.join()
 
 
-def shape_of(size: str) -> GPTConfig:
-    layers, heads, width = SIZES[size]
-    return GPTConfig(n_layer=layers, n_head=heads, n_embd=width)
-
-
 @contextmanager
 def random_checkpoint(size: str, seed: int) -> Iterator[str]:
     """Make a folder with a random GPT-2 that answers all prompts with " positive", end-of-text.
@@ -131,7 +113,7 @@ def random_checkpoint(size: str, seed: int) -> Iterator[str]:
     Channel 0 of the final state says "that word was just there", channel 1 that anything else was.
     """
     torch.manual_seed(seed)
-    model = GPT(shape_of(size))
+    model = GPT(SHAPES[size])
     (word,) = get_tokenizer().encode_ordinary(" positive")
     norm, wte = model.transformer.ln_f, model.transformer.wte.weight
     with torch.no_grad():

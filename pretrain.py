@@ -80,7 +80,7 @@ class Run:
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
         if not resume:
-            runlog.start_folder(asdict(config), device=devices.device_name(self.device),
+            runlog.start_folder(asdict(config), **devices.describe(self.device),
                                 dtype=str(self.dtype).removeprefix("torch."))
         self.metrics = runlog.MetricsLog(asdict(config) | {"wandb_mode": "disabled"})
 

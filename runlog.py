@@ -6,14 +6,12 @@ shows them. Tracking at Weights & Biases is optional and never stops a run.
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -82,9 +80,7 @@ def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "trainer_state.pt", "loss.png"):
         (folder / name).unlink(missing_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    described = {"settings": settings, **facts, "versions": versions, "commit": git_commit()}
-    write_json(folder / "config.json", described)
+    write_json(folder / "config.json", {"settings": settings, **facts, "commit": git_commit()})
 
 
 def git_commit() -> str | None:

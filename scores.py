@@ -83,3 +83,9 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(
         "  ".join(line[title].rjust(width) for title, width in widths.items()) for line in lines
     )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first of `rows` has its titles."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return ["", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]

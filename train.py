@@ -180,7 +180,7 @@ class Run:
             self.load_state()
         elif rank() == 0:
             runlog.start_folder(
-                settings, device=devices.device_name(self.device), processes=world_size(),
+                settings, **devices.describe(self.device), processes=world_size(),
                 dtype=str(self.dtype).removeprefix("torch."),
                 parameters=count_parameters(self.model)._asdict(),
             )
@@ -200,6 +200,7 @@ class Run:
             self.metrics.log(
                 self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
                 validation_garbage=results["garbage"],
+                memory_mib=devices.peak_memory(self.device) / 2**20,
             )
         self.evaluated = True
         if rank() > 0:

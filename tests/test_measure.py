@@ -12,7 +12,6 @@ import torch
 from dataloader import SentimentTask, get_tokenizer
 from generate import ModelSampler, make_loader
 from measure import (
-    SIZES,
     Contender,
     Way,
     Worker,
@@ -103,8 +102,3 @@ def test_interrupt_is_the_parents_alone(settings: dict[str, Any]) -> None:
         assert worker.ask("checkpoint_bytes", None).result > 0
         worker.stop()
     assert worker.process.exitcode == 0
-
-
-def test_sizes_are_gpt2s() -> None:
-    assert SIZES["gpt2-medium"] == (24, 16, 1024)
-    assert GPTConfig(*[1024, 50257], *SIZES["gpt2"]) == GPTConfig()

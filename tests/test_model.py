@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoint import END_OF_TEXT
 from devices import autocast
-from lora import lora_layers, mark_only_lora_as_trainable
-from model import GPT, IGNORE, LORA_TARGETS, GPTConfig
+from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
+from model import GPT, IGNORE, LORA_TARGETS, SIZES, GPTConfig
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
 MODULES = {target: target for target in LORA_TARGETS} | {"c_attn": "attn.c_attn"}
@@ -355,3 +355,10 @@ def test_logits_are_not_rounded_to_16_bits() -> None:
         logits, _ = model(ids(4, 9))
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_sizes_are_the_published_ones() -> None:
+    millions = {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
+    with torch.device("meta"):
+        counts = {name: count_parameters(GPT(shape)).total for name, shape in SIZES.items()}
+    assert {name: round(count / 1e6) for name, count in counts.items()} == millions
