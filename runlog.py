@@ -7,8 +7,9 @@ shows them. Tracking at Weights & Biases is optional and never stops a run.
 import json
 import os
 import shutil
+import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def training_seconds(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds that all optimizer steps of a run took, without its validations."""
+    reviews = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    seconds = [reviews / line["reviews_per_second"] for line in metrics
+               if "reviews_per_second" in line]
+    return settings["max_iters"] * statistics.mean(seconds) if seconds else 0.0
 
 
 def forget_metrics(folder: Path, iteration: int, evaluated: bool) -> None:

@@ -1,0 +1,240 @@
+"""Answer the homework's questions: every run they take, then a report with tables and curves.
+
+python experiments.py config/experiments_mini.py     gpt2-mini on a CPU, under an hour
+python experiments.py config/experiments_t4.py       gpt2-medium on a T4
+python experiments.py config/experiments_mini.py only=curves,prompts dry_run=True
+
+A finished run is not made again, an interrupted one goes on where it stopped: start the same
+command once more after Ctrl-C or a crash. What failed stands in the report.
+"""
+
+import hashlib
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from tqdm import tqdm
+
+from configurator import Bounds, run_script
+from dataloader import PROMPTS, prompt_template
+from estimate import Estimate
+from generate import GenerateConfig, slug
+from jobs import Job, run_jobs
+from report import Row, write_report
+from runlog import FREE_SETTINGS
+from scores import table
+from train import TrainConfig, WandbMode
+
+ALL_LINEAR = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
+FACTORS = (0.25, 1.0, 4.0)  # by which the learning rates are multiplied
+PLANNED = ("lora_rank", "lora_alpha", "lora_targets", "lora_qkv", "eval_only", "overwrite")
+
+
+@dataclass(frozen=True)
+class ExperimentsConfig(TrainConfig):
+    """Settings of `experiments.py`: those of every run, and which runs there are."""
+
+    out_dir: Annotated[str, "folder of the runs"] = "out/experiments"
+    wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "disabled"
+    report_dir: Annotated[str, "folder of the report"] = "report"
+    only: Annotated[str, "questions or runs, with commas, as dry_run=True lists them"] = ""
+    seeds: Annotated[int, "runs of each kind: seed, seed + 1, ...", Bounds(1)] = 3
+    full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4
+    full_dropout: Annotated[float, "dropout of full fine-tuning", Bounds(0, 1)] = 0.05
+    jobs: Annotated[int, "runs at a time; they share processors and GPUs", Bounds(1)] = 1
+    dry_run: Annotated[bool, "list the runs and how long they may take"] = False
+
+
+class Variant(NamedTuple):
+    """A row of a table: its label, the name of its runs, and the settings it changes."""
+
+    label: str
+    name: str
+    changes: Mapping[str, Any]
+    seeds: int
+
+
+def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
+    """Return the variants of each question; those of one name are one and the same."""
+
+    def rate(peak: float, factor: float) -> dict[str, float]:
+        floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+        return {"learning_rate": rounded(peak * factor), "min_lr": rounded(peak * factor * floor)}
+
+    def lora(label: str, rank: int = 16, alpha: float = 64.0, factor: float = 1.0,
+             suffix: str = "", **changes: Any) -> Variant:
+        name = f"r{rank}_alpha{alpha:g}{suffix}" + (f"_rate{factor:g}" if factor != 1 else "")
+        return Variant(label, name, {"lora_rank": rank, "lora_alpha": alpha, **changes,
+                                     **rate(config.learning_rate, factor)}, config.seeds)
+
+    def full(label: str = "full fine-tuning", factor: float = 1.0) -> Variant:
+        changes = {"lora_rank": 0, "dropout": config.full_dropout, "always_save_checkpoint": False}
+        name = "full" + (f"_rate{factor:g}" if factor != 1 else "")
+        return Variant(label, name, changes | rate(config.full_learning_rate, factor), config.seeds)
+
+    prompts = list(dict.fromkeys([config.prompt, *PROMPTS]))
+    peak, full_peak = config.learning_rate, config.full_learning_rate
+    return {
+        "shares": [],
+        "zero_shot": [Variant(prompt, f"zero_shot_{slug(prompt)}", {"prompt": prompt}, 1)
+                      for prompt in prompts],
+        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in (16, 128, 196)), full()],
+        "alpha": [lora("LoRA r=16, α=64"), lora("LoRA r=16, α=256", alpha=256.0), full()],
+        "prompts": [lora(config.prompt), *(
+            lora(prompt, suffix=f"_{prompt}", prompt=prompt) for prompt in prompts[1:])],
+        "grid": [lora(f"α={a:g}, rate {rounded(peak * f)}", 16, a, f)._replace(seeds=1)
+                 for a in (16.0, 64.0, 256.0) for f in FACTORS],
+        "rates": [*(lora(f"LoRA r=16, rate {rounded(peak * f)}", factor=f) for f in FACTORS),
+                  *(full(f"full, rate {rounded(full_peak * f)}", f) for f in FACTORS)],
+        "layers": [
+            lora("r=16, q, k, v: a pair each"),
+            lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared"),
+            lora("r=16, q, k, v and output", suffix="_attention", lora_targets="c_attn,attn.c_proj"),
+            lora("r=16, all linear layers", suffix="_all", lora_targets=ALL_LINEAR),
+        ],
+    }
+
+
+def rounded(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def plan_jobs(
+    config: ExperimentsConfig, questions: Mapping[str, Sequence[Variant]]
+) -> dict[str, list[Job]]:
+    """Return the jobs of each variant by its name, one for each seed."""
+    jobs: dict[str, list[Job]] = {}
+    for question, variants in questions.items():
+        make = zero_shot_job if question == "zero_shot" else train_job
+        for variant in variants:
+            made = [make(config, variant, config.seed + i) for i in range(variant.seeds)]
+            jobs[variant.name] = max(made, jobs.get(variant.name, []), key=len)
+    return jobs
+
+
+def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    settings |= {**variant.changes, "seed": seed, "overwrite": True}
+    return make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
+                    config.out_dir, "last/results.json")
+
+
+def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
+    settings = {name: getattr(config, name) for name in ("init_from", "dataset", "device", "dtype")}
+    settings |= {**variant.changes, "seed": seed, "batch_size": config.eval_batch_size}
+    return make_job(variant.name, "generate.py", settings, asdict(GenerateConfig()),
+                    config.out_dir, "zero_shot-*/results*.json")
+
+
+def make_job(name: str, script: str, settings: dict[str, Any], defaults: dict[str, Any],
+             out_dir: str, result: str) -> Job:
+    """Name the folder after the settings too: other settings are another run."""
+    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)}
+    fingerprint = hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
+    changed = {key: value for key, value in settings.items()
+               if key != "out_dir" and value != defaults[key]}
+    return Job(name, script, changed, Path(out_dir, f"{name}-{fingerprint}"), result)
+
+
+def select(
+    questions: Mapping[str, Sequence[Variant]], jobs: Mapping[str, Sequence[Job]], only: str
+) -> list[Job]:
+    """Return the jobs that `only` names, by question or by run; each once."""
+    by_name = {job.name: [job] for row in jobs.values() for job in row}
+    for question, variants in questions.items():
+        by_name[question] = [job for variant in variants
+                             for job in jobs[variant.name][: variant.seeds]]
+    names = only.replace(",", " ").split() or list(questions)
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"only={only!r}: there is no {unknown[0]!r}; there are the questions "
+                         f"{', '.join(questions)}, and the runs that dry_run=True lists")
+    return list({job.name: job for name in names for job in by_name[name]}.values())
+
+
+def check(config: ExperimentsConfig) -> None:
+    """Raise ValueError for settings that the plan makes itself, or that no run could have."""
+    prompt_template(config.prompt)
+    for name in PLANNED:
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise ValueError(f"{name}={getattr(config, name)!r}: the plan sets it for each run")
+    if config.init_from == "resume":
+        raise ValueError("init_from=resume: the same command as before goes on by itself")
+
+
+def list_jobs(
+    chosen: Sequence[Job], questions: Mapping[str, Sequence[Variant]], estimate: Estimate,
+    at_once: int,
+) -> str:
+    """Return a table of the jobs: their questions, their state, their time."""
+    rows, total = [], 0.0
+    for job in chosen:
+        state = "finished" if job.finished else "interrupted" if job.interrupted else "to do"
+        seconds = 0.0 if job.finished else estimate.seconds(job)
+        total += seconds
+        asked = [question for question, variants in questions.items()
+                 if job.name.partition("-seed")[0] in {variant.name for variant in variants}]
+        rows.append({"run": job.name, "state": state, "minutes": f"{seconds / 60:.1f}",
+                     "questions": ", ".join(asked)})
+    text = table(rows) + "\n" if rows else ""
+    return f"{text}{len(rows)} runs, about {total / at_once / 60:.0f} minutes to go"
+
+
+def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate,
+            errors: dict[str, str]) -> None:
+    """Run what is not finished yet; `errors` gets what went wrong, by the job's name."""
+    todo = [job for job in chosen if not job.finished]
+    expected = {job.name: estimate.seconds(job) for job in todo}
+    total, done, started = sum(expected.values()), 0.0, time.monotonic()
+    bar = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="run",
+               bar_format="{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
+    bar.set_postfix_str(f"about {total / config.jobs / 60:.0f} min left")
+    with bar, closing(run_jobs(todo, config.jobs)) as ended:
+        for job, error in ended:
+            bar.write(f"{job.name}: {error or 'done'}")
+            if error:
+                errors[job.name] = error
+            done += expected[job.name]
+            left = (total - done) * (time.monotonic() - started) / done
+            bar.set_postfix_str(f"about {left / 60:.0f} min left", refresh=False)
+            bar.update()
+
+
+def main(config: ExperimentsConfig) -> None:
+    check(config)
+    questions = plan(config)
+    jobs = plan_jobs(config, questions)
+    chosen = select(questions, jobs, config.only)
+    estimate = Estimate(config, config.jobs, chosen)
+    if config.dry_run:
+        print(list_jobs(chosen, questions, estimate, config.jobs))
+        return
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the runs save themselves
+    errors: dict[str, str] = {}
+    try:
+        execute(chosen, config, estimate, errors)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise
+    finally:
+        rows = {question: [Row(variant.label, variant.changes, jobs[variant.name][: variant.seeds],
+                               errors) for variant in variants]
+                for question, variants in questions.items()}
+        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        path = write_report(rows, config, command)
+        print(f"written: {path}")
+    if errors:
+        name, error = next(iter(errors.items()))
+        raise ValueError(f"{len(errors)} of {len(chosen)} runs failed, as {name}: {error}; "
+                         f"{path} tells of the rest")
+
+
+if __name__ == "__main__":
+    run_script(main, ExperimentsConfig)

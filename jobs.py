@@ -1,0 +1,115 @@
+"""Scripts run as processes: some at a time, none twice, and each told from its folder."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parent
+STATE = "trainer_state.pt"
+
+
+class Job(NamedTuple):
+    """A script with its settings; `result` is the file (a pattern) that it writes last."""
+
+    name: str
+    script: str
+    settings: Mapping[str, Any]
+    folder: Path
+    result: str
+
+    @property
+    def finished(self) -> bool:
+        return any(self.folder.glob(self.result))
+
+    @property
+    def interrupted(self) -> bool:
+        return not self.finished and (self.folder / STATE).is_file()
+
+    @property
+    def arguments(self) -> list[str]:
+        settings = {**self.settings, "out_dir": self.folder}
+        return [self.script, *(f"{name}={value}" for name, value in settings.items())]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.arguments])
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
+        """Start it, or go on with it, in a session of its own: Ctrl-C is the parent's to hear."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
+        arguments = resume if self.interrupted else self.arguments
+        with open(self.log, "a", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / arguments[0]), *arguments[1:]], stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+                start_new_session=True,
+            )
+
+    def failure(self, code: int) -> str:
+        """Say why its process ended with `code`; "" if it ended well."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if self.finished and not code:
+            return ""
+        said = self.log.read_text("utf-8", "replace").strip().splitlines()
+        return said[-1].removeprefix("error: ") if said else f"exit code {code}"
+
+
+def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
+    """Run `jobs`, so many at once; yield each as it ends, with what went wrong or "".
+
+    Whoever closes the generator, or presses Ctrl-C, stops those that run; they save themselves
+    first. What it takes to go on with a finished run is deleted: it is its largest file.
+    """
+    waiting, running = iter(jobs), {}
+    try:
+        while True:
+            free = sorted(set(range(at_once)) - running.keys())
+            for slot, job in zip(free, waiting, strict=False):
+                running[slot] = job, job.start(share_of_machine(slot, at_once))
+            if not running:
+                return
+            slot = next_to_end(running)
+            job, process = running.pop(slot)
+            error = job.failure(process.returncode)
+            if not error:
+                (job.folder / STATE).unlink(missing_ok=True)
+            yield job, error
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+def next_to_end(running: Mapping[int, tuple[Job, subprocess.Popen]]) -> int:
+    """Wait until one of the processes has ended, and return its slot."""
+    while True:
+        for slot, (_, process) in running.items():
+            if process.poll() is not None:
+                return slot
+        time.sleep(0.1)
+
+
+def share_of_machine(slot: int, at_once: int) -> dict[str, str]:
+    """Return the variables that give one of `at_once` processes its threads and its GPU."""
+    if at_once == 1:
+        return {}
+    threads = str(max(1, torch.get_num_threads() // at_once))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    return share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})

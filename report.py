@@ -1,0 +1,367 @@
+"""The report of the experiments: tables and curves of what the runs left in their folders."""
+
+import base64
+import html
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import markdown
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from checkpoint import atomic_write, read_hub_shape, read_json
+from figures import accuracy_dots, heat_map, rate_lines, validation_curves
+from jobs import Job
+from lora import count_parameters, mark_only_lora_as_trainable
+from model import GPT, SIZES, GPTConfig
+from runlog import read_metrics, read_run, training_seconds
+from scores import markdown_table, wilson_interval
+from train import TrainConfig
+
+RANKS = (16, 128, 196)
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
+th, td { border-bottom: 1px solid #bbb; padding: .3em .7em; text-align: right }
+th:first-child, td:first-child { text-align: left } img { max-width: 100% }
+pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }"""
+
+
+class TrainedRun(NamedTuple):
+    """A finished run of `train.py`, as its folder tells it."""
+
+    about: dict[str, Any]
+    metrics: list[dict[str, float]]
+    results: dict[str, dict[str, Any]]  # of the best and the last checkpoint
+    right: dict[str, np.ndarray]  # of each test review: was it told right?
+    checkpoint_bytes: int
+
+    @property
+    def validation_loss(self) -> float:
+        """The loss for which the best checkpoint was chosen; step 0 is no candidate."""
+        return min(line["validation_loss"] for line in self.metrics
+                   if "validation_loss" in line and line["iteration"] > 0)
+
+
+class Row(NamedTuple):
+    """A variant in a table: what it is called, what it changes, its jobs, and what failed."""
+
+    label: str
+    changes: Mapping[str, Any]
+    jobs: Sequence[Job]
+    errors: Mapping[str, str]  # by the job's name
+
+    @property
+    def runs(self) -> list[TrainedRun]:
+        return [load_run(job.folder) for job in self.jobs if job.finished]
+
+    @property
+    def seeds(self) -> str:
+        number = sum(job.finished for job in self.jobs)
+        return str(number) if number == len(self.jobs) else f"{number} of {len(self.jobs)}"
+
+    @property
+    def trouble(self) -> str:
+        """Why there is nothing to tell."""
+        failed = [self.errors[job.name] for job in self.jobs if job.name in self.errors]
+        return f"failed: {plain(failed[0])}" if failed else "not run yet"
+
+
+class Section(NamedTuple):
+    title: str
+    lines: list[str]
+    figure: Figure | None = None
+
+
+@cache
+def load_run(folder: Path) -> TrainedRun:
+    results, right = {}, {}
+    for name in ("best", "last"):
+        results[name] = read_json(folder / name / "results.json")
+        predictions = read_predictions(folder / name / "predictions.jsonl")
+        right[name] = np.array([row["label"] == row["truth"] for row in predictions])
+    weights = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
+    return TrainedRun(read_run(str(folder)), read_metrics(folder), results, right, weights)
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def plain(text: str) -> str:
+    """Make any text fit into a cell of a table."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean of the seeds and, of several, their standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def interval(accuracy: float, n: int) -> str:
+    return "{:.3f} to {:.3f}".format(*wilson_interval(accuracy * n, n))
+
+
+def accuracy_cells(runs: Sequence[TrainedRun], checkpoint: str) -> list[str]:
+    results = [run.results[checkpoint] for run in runs]
+    accuracies = [result["accuracy"] for result in results]
+    garbage = statistics.mean(result["garbage"] / result["n"] for result in results)
+    mean = statistics.mean(accuracies)
+    return [spread(accuracies), interval(mean, results[0]["n"]), f"{garbage:.1%}"]
+
+
+def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
+    """Compare best checkpoints on the same reviews: mean difference ± half its 95 % interval.
+
+    A review counts with its mean over the seeds; the interval is of which reviews were drawn.
+    """
+    mine, theirs = (np.mean([run.right["best"] for run in side], axis=0) for side in (runs, others))
+    gap = mine - theirs
+    return f"{gap.mean():+.3f} ± {1.96 * gap.std(ddof=1) / len(gap) ** 0.5:.3f}"
+
+
+def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
+    """Return a row of scores for each variant, both checkpoints side by side."""
+    titles = ["", "seeds", "validation loss", "best: test accuracy", "95 % interval", "garbage",
+              "last: test accuracy", "95 % interval", "garbage", f"best, against {against.label}"]
+    lines = [titles]
+    for row in rows:
+        runs = row.runs
+        if not runs:
+            lines.append([plain(row.label), row.seeds, row.trouble, *[""] * 7])
+            continue
+        other = row is against or not against.runs
+        lines.append([
+            plain(row.label), row.seeds, spread([run.validation_loss for run in runs]),
+            *accuracy_cells(runs, "best"), *accuracy_cells(runs, "last"),
+            "" if other else difference(runs, against.runs),
+        ])
+    return markdown_table(lines)
+
+
+def commands(rows: Sequence[Row]) -> list[str]:
+    """Return the exact commands behind a table, folded away."""
+    summary = "the exact commands, first seed; the others differ in seed and out_dir"
+    return ["", f'<details markdown="1"><summary>{summary}</summary>', "", "```",
+            *(row.jobs[0].command for row in rows), "```", "", "</details>"]
+
+
+def number_of(rows: Sequence[Row]) -> str:
+    """Say what every figure of a section rests on."""
+    sizes = {run.results["best"]["n"] for row in rows for run in row.runs}
+    seeds = dict.fromkeys(str(job.settings.get("seed", TrainConfig.seed))
+                          for row in rows for job in row.jobs)
+    n = " and ".join(f"{size:,}" for size in sorted(sizes)) or "no"
+    return f"n = {n} test reviews, seeds {', '.join(seeds)}."
+
+
+def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
+    titles = ["model", "all weights", *(f"r = {rank}" for rank in RANKS)]
+    shapes = {config.init_from: GPTConfig(**read_hub_shape(config.init_from))}
+    lines = [titles]
+    for name, shape in (shapes | SIZES).items():
+        cells = []
+        for rank in RANKS:
+            with torch.device("meta"):  # shapes alone: nothing is allocated
+                model = GPT(replace(shape, lora_rank=rank))
+            count = count_parameters(mark_only_lora_as_trainable(model))
+            cells.append(f"{count.trained:,} ({count.share:.2%})")
+        lines.append([plain(name), f"{count.total - count.trained:,}", *cells])
+    text = ["A pair of matrices each for q, k and v of every layer; counted on the models "
+            "themselves. The share is of all weights, the adapters' own among them."]
+    return Section("How many weights does LoRA train?", text + markdown_table(lines))
+
+
+def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
+    lines = [["prompt", "n", "accuracy", "95 % interval", "garbage", "constrained accuracy",
+              "95 % interval"]]
+    shown: list[str] = []
+    for row in rows:
+        found = [path for job in row.jobs for path in job.folder.glob(job.result)]
+        if not found:
+            lines.append([plain(row.label), "", row.trouble, *[""] * 4])
+            continue
+        scores = read_json(found[0])
+        n, constrained = scores["n"], scores["constrained_accuracy"]
+        lines.append([plain(row.label), f"{n:,}", f"{scores['accuracy']:.3f}",
+                      interval(scores["accuracy"], n), f"{scores['garbage'] / n:.1%}",
+                      f"{constrained:.3f}", interval(constrained, n)])
+        predictions = read_predictions(found[0].with_name(
+            found[0].name.replace("results", "predictions")).with_suffix(".jsonl"))
+        shown = shown or [f"{prediction['text'][:60]!r:64} -> {prediction['generated']!r}"
+                          for prediction in predictions[:: max(1, len(predictions) // 6)][:6]]
+    text = ["Garbage is an answer without exactly one label word; it counts as wrong. The "
+            "constrained accuracy asks which label word the model finds likelier. Greedy."]
+    quoted = ["", "Some answers to the first prompt, verbatim:", "", "```", *shown, "```"]
+    return Section("What does the model know before fine-tuning?",
+                   text + markdown_table(lines) + (quoted if shown else []) + commands(rows))
+
+
+def lines_of(rows: Sequence[Row], title: str) -> Section:
+    """Return a section of accuracies against the last row, and of validation curves."""
+    untrained = {run.metrics[0].get("validation_loss") for row in rows for run in row.runs}
+    text = [number_of(rows), *(f"Before the first step the validation loss is {loss:.3f}."
+                               for loss in sorted(filter(None, untrained))[:1])]
+    return Section(
+        title, [*text, *accuracy_table(rows, rows[-1]), *commands(rows)],
+        validation_curves([(row.label, [run.metrics for run in row.runs]) for row in rows]))
+
+
+def curves(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return lines_of(rows, "LoRA of three ranks against full fine-tuning")
+
+
+def alpha(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return lines_of(rows, "What does α do at r = 16?")
+
+
+def dots(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
+    """Return a section of accuracies against the first row, drawn with their intervals."""
+    points = [(row.label, [run.results["best"]["accuracy"] for run in row.runs],
+               row.runs[0].results["best"]["n"]) for row in rows if row.runs]
+    return Section(title, [number_of(rows), *text, *accuracy_table(rows, rows[0]),
+                           *commands(rows)], accuracy_dots(points) if points else None)
+
+
+def prompts(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return dots(rows, "Does the prompt matter?", [
+        "LoRA r=16, α=64, trained and scored with the same prompt."])
+
+
+def layers(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return dots(rows, "Which layers, and one A or three?", ["LoRA r=16, α=64."])
+
+
+def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
+    alphas = list(dict.fromkeys(row.changes["lora_alpha"] for row in rows))
+    rates = list(dict.fromkeys(row.changes["learning_rate"] for row in rows))
+    loss, cells = np.full((len(alphas), len(rates)), np.nan), {}
+    for row in rows:
+        place = alphas.index(row.changes["lora_alpha"]), rates.index(row.changes["learning_rate"])
+        if runs := row.runs:
+            loss[place] = statistics.mean(run.validation_loss for run in runs)
+            accuracy = statistics.mean(run.results["best"]["accuracy"] for run in runs)
+            cells[place] = f"{loss[place]:.3f}, {accuracy:.3f}"
+        else:
+            cells[place] = row.trouble
+    lines = [["", *map("rate {:g}".format, rates)]]
+    for i, value in enumerate(alphas):
+        lines.append([f"α = {value:g}", *(cells[i, j] for j in range(len(rates)))])
+    text = ["LoRA r=16. Each cell: validation loss of the best checkpoint, and its test accuracy. "
+            "The first steps of AdamW move B by the learning rate whatever the gradient's size, "
+            "and W by α / r times that: along a diagonal of equal α × rate those steps are alike."]
+    return Section("Learning rate and α", [
+        number_of(rows), *text, *markdown_table(lines), *commands(rows)],
+        heat_map(alphas, rates, loss) if cells else None)
+
+
+def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
+    lines, series = [], {}
+    for name, of_rank in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
+        tried = {row.changes["learning_rate"]: [run.validation_loss for run in row.runs]
+                 for row in rows if bool(row.changes["lora_rank"]) is of_rank and row.runs}
+        series[name] = tried
+        if tried:
+            best = min(tried, key=lambda rate: statistics.mean(tried[rate]))
+            edge = ", at the edge of what was tried" if best in (min(tried), max(tried)) else ""
+            lines.append(f"- {name}: lowest validation loss at a rate of {best:g}{edge}.")
+    return Section("Each at its own best learning rate", [
+        number_of(rows), "", *lines, *accuracy_table(rows, rows[0]), *commands(rows)],
+        rate_lines(series) if lines else None)
+
+
+def cost(rows: Sequence[Row]) -> Section:
+    lines = [["", "trained", "share", "training, s", "reviews/s", "memory, MiB",
+              "checkpoint, MB"]]
+    once = {row.jobs[0].name: row for row in reversed(rows) if row.runs}
+    for row in reversed(once.values()):
+        first, seconds, memory = row.runs[0], [], []
+        settings, parameters = first.about["settings"], first.about["parameters"]
+        for run in row.runs:
+            seconds.append(training_seconds(settings, run.metrics))
+            memory.append(max(line.get("memory_mib", 0.0) for line in run.metrics))
+        window = settings["batch_size"] * settings["gradient_accumulation_steps"]
+        speed = settings["max_iters"] * window / statistics.mean(seconds)
+        lines.append([
+            plain(row.label), f"{parameters['trained']:,}",
+            f"{parameters['trained'] / parameters['total']:.2%}", spread(seconds, 1),
+            f"{speed:.1f}", f"{statistics.mean(memory):,.0f}",
+            f"{first.checkpoint_bytes / 1e6:.1f}"])
+    text = ["Time of the optimizer's steps alone, with whatever ran beside them; memory is the "
+            "most that the process held up to its last validation (on a GPU, what torch "
+            "allocated); a checkpoint is the best one's weights on disk. The commands stand above."]
+    return Section("What does it cost?", text + markdown_table(lines))
+
+
+SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
+    "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
+    "prompts": prompts, "grid": grid, "rates": rates, "layers": layers,
+}
+
+
+def sections(questions: Mapping[str, Sequence[Row]], config: TrainConfig) -> dict[str, Section]:
+    """Return a section for each question of which anything was tried."""
+    found = {}
+    for name, rows in questions.items():
+        tried = [row for row in rows for job in row.jobs if job.finished or job.name in row.errors]
+        if tried or not rows:
+            found[name] = SECTIONS[name](rows, config)
+    priced = [row for name in ("curves", "layers") for row in questions[name]]
+    if any(row.runs for row in priced):
+        found["cost"] = cost(priced)
+    return found
+
+
+def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: str) -> list[str]:
+    """Say what all of it was made with."""
+    runs = [run for rows in questions.values() for row in rows if "lora_rank" in row.changes
+            for run in row.runs]
+    facts = {name: ", ".join(dict.fromkeys(str(run.about.get(name)) for run in runs))
+             for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
+    made = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    return ["# LoRA on GPT-2: the homework's questions", "",
+            f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
+            f"{config.batch_size * config.gradient_accumulation_steps} reviews. {made}.", "",
+            "Accuracies are of *generated* answers on the test split, mean ± standard deviation "
+            "of the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews. The "
+            "best checkpoint is the one of lowest validation loss; each run reads the test split "
+            "once, at its end.", "", "```", command, "```"]
+
+
+def write_report(
+    questions: Mapping[str, Sequence[Row]], config: Any, command: str
+) -> Path:
+    """Write `report.md`, its pictures and `report.html`, which holds them; return the first."""
+    folder, lines = Path(config.report_dir), head(questions, config, command)
+    for name, section in sections(questions, config).items():
+        lines += ["", f"## {section.title}", "", *section.lines]
+        if section.figure:
+            with atomic_write(folder / f"{name}.png") as path:
+                section.figure.savefig(path, dpi=150, format="png")
+            lines += ["", f"![{section.title}]({name}.png)"]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(folder / "report.md") as path:
+        path.write_text(text, "utf-8")
+    with atomic_write(folder / "report.html") as path:
+        path.write_text(to_html(text, folder), "utf-8")
+    return folder / "report.md"
+
+
+def to_html(text: str, folder: Path) -> str:
+    """Turn the report into one page that holds its pictures."""
+    body = markdown.markdown(text, extensions=["tables", "fenced_code", "md_in_html"])
+
+    def inline(match: re.Match) -> str:
+        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    body = re.sub(r'src="(\w+\.png)"', inline, body)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<title>LoRA on GPT-2'
+            f"</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")
