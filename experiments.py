@@ -96,7 +96,8 @@ def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
         "layers": [
             lora("r=16, q, k, v: a pair each"),
             lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared"),
-            lora("r=16, q, k, v and output", suffix="_attention", lora_targets="c_attn,attn.c_proj"),
+            lora("r=16, q, k, v and output", suffix="_attention",
+                 lora_targets="c_attn,attn.c_proj"),
             lora("r=16, all linear layers", suffix="_all", lora_targets=ALL_LINEAR),
         ],
     }

@@ -25,9 +25,8 @@ def validation_curves(series: Sequence[tuple[str, Sequence[Metrics]]]) -> Figure
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for (label, runs), style in zip(series, STYLES, strict=False):
-        if runs:
-            band(loss, label, runs, "validation_loss", style, first=1)
-            band(accuracy, label, runs, "validation_accuracy", style, first=0)
+        band(loss, label, runs, "validation_loss", style, first=1)
+        band(accuracy, label, runs, "validation_accuracy", style, first=0)
     loss.set(xlabel="optimizer steps", ylabel="validation loss (nats a token)")
     accuracy.set(xlabel="optimizer steps", ylabel="validation accuracy (generated answers)")
     for panel in (loss, accuracy):

@@ -138,18 +138,19 @@ class ModelSampler:
 def score(
     sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
 ) -> dict[str, Any]:
-    """Return the scores of `records`; with a `folder`, write them to `results{suffix}.json` in
-    it, and every prediction to `predictions{suffix}.jsonl`."""
+    """Return the scores of `records`; with a `folder`, write every prediction to
+    `predictions{suffix}.jsonl` in it and, when that is done, the scores to `results{suffix}.json`.
+    """
     predictions = sampler.predict_labels(records, progress="scoring" if folder else "")
     labels = [record["label"] for record in records]
     results = summarize(labels, predictions, sampler.loader.task.labels) | sampler.describe()
     if folder is None:
         return results
-    write_json(folder / f"results{suffix}.json", results)
     with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
         for record, prediction in zip(records, predictions, strict=True):
             row = {"text": record["text"], "truth": record["label"], **prediction._asdict()}
             file.write(json.dumps(row) + "\n")
+    write_json(folder / f"results{suffix}.json", results)
     return results
 
 

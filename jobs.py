@@ -62,8 +62,8 @@ class Job(NamedTuple):
         """Say why its process ended with `code`; "" if it ended well."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        if self.finished and not code:
-            return ""
+        if not code:
+            return "" if self.finished else "it ended without its result"
         said = self.log.read_text("utf-8", "replace").strip().splitlines()
         return said[-1].removeprefix("error: ") if said else f"exit code {code}"
 

@@ -63,18 +63,23 @@ class Row(NamedTuple):
 
     @property
     def seeds(self) -> str:
+        """How many runs stand behind the row; of an incomplete one, why."""
         number = sum(job.finished for job in self.jobs)
-        return str(number) if number == len(self.jobs) else f"{number} of {len(self.jobs)}"
+        if number == len(self.jobs):
+            return str(number)
+        return f"{number} of {len(self.jobs)}: {self.trouble}"
 
     @property
     def trouble(self) -> str:
-        """Why there is nothing to tell."""
         failed = [self.errors[job.name] for job in self.jobs if job.name in self.errors]
         return f"failed: {plain(failed[0])}" if failed else "not run yet"
 
 
 class Section(NamedTuple):
+    """What answers a question; `basis` is the reviews and the seeds that it rests on."""
+
     title: str
+    basis: str
     lines: list[str]
     figure: Figure | None = None
 
@@ -135,11 +140,11 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
     for row in rows:
         runs = row.runs
         if not runs:
-            lines.append([plain(row.label), row.seeds, row.trouble, *[""] * 7])
+            lines.append([plain(row.label), row.seeds, *[""] * 8])
             continue
         other = row is against or not against.runs
         lines.append([
-            plain(row.label), row.seeds, spread([run.validation_loss for run in runs]),
+            plain(row.label), row.seeds, spread(losses(row)),
             *accuracy_cells(runs, "best"), *accuracy_cells(runs, "last"),
             "" if other else difference(runs, against.runs),
         ])
@@ -153,13 +158,14 @@ def commands(rows: Sequence[Row]) -> list[str]:
             *(row.jobs[0].command for row in rows), "```", "", "</details>"]
 
 
-def number_of(rows: Sequence[Row]) -> str:
-    """Say what every figure of a section rests on."""
-    sizes = {run.results["best"]["n"] for row in rows for run in row.runs}
+def basis(rows: Sequence[Row]) -> str:
+    """Say what every number of a section rests on."""
+    runs = [run for row in rows for run in row.runs]
+    sizes = {f"n = {run.results['best']['n']:,} test and {run.about['validation_reviews']:,} "
+             "validation reviews" for run in runs}
     seeds = dict.fromkeys(str(job.settings.get("seed", TrainConfig.seed))
                           for row in rows for job in row.jobs)
-    n = " and ".join(f"{size:,}" for size in sorted(sizes)) or "no"
-    return f"n = {n} test reviews, seeds {', '.join(seeds)}."
+    return f"{'; '.join(sorted(sizes)) or 'n = 0'}; seeds {', '.join(seeds)}."
 
 
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -176,7 +182,7 @@ def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
         lines.append([plain(name), f"{count.total - count.trained:,}", *cells])
     text = ["A pair of matrices each for q, k and v of every layer; counted on the models "
             "themselves. The share is of all weights, the adapters' own among them."]
-    return Section("How many weights does LoRA train?", text + markdown_table(lines))
+    return Section("How many weights does LoRA train?", "", text + markdown_table(lines))
 
 
 def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -200,18 +206,18 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
     text = ["Garbage is an answer without exactly one label word; it counts as wrong. The "
             "constrained accuracy asks which label word the model finds likelier. Greedy."]
     quoted = ["", "Some answers to the first prompt, verbatim:", "", "```", *shown, "```"]
-    return Section("What does the model know before fine-tuning?",
+    return Section("What does the model know before fine-tuning?", "",
                    text + markdown_table(lines) + (quoted if shown else []) + commands(rows))
 
 
 def lines_of(rows: Sequence[Row], title: str) -> Section:
     """Return a section of accuracies against the last row, and of validation curves."""
+    series = [(row.label, [run.metrics for run in row.runs]) for row in rows if row.runs]
     untrained = {run.metrics[0].get("validation_loss") for row in rows for run in row.runs}
-    text = [number_of(rows), *(f"Before the first step the validation loss is {loss:.3f}."
-                               for loss in sorted(filter(None, untrained))[:1])]
-    return Section(
-        title, [*text, *accuracy_table(rows, rows[-1]), *commands(rows)],
-        validation_curves([(row.label, [run.metrics for run in row.runs]) for row in rows]))
+    text = [f"Before the first step the validation loss is {loss:.3f}."
+            for loss in sorted(filter(None, untrained))[:1]]
+    return Section(title, basis(rows), [*text, *accuracy_table(rows, rows[-1]), *commands(rows)],
+                   validation_curves(series) if series else None)
 
 
 def curves(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -226,8 +232,8 @@ def dots(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
     """Return a section of accuracies against the first row, drawn with their intervals."""
     points = [(row.label, [run.results["best"]["accuracy"] for run in row.runs],
                row.runs[0].results["best"]["n"]) for row in rows if row.runs]
-    return Section(title, [number_of(rows), *text, *accuracy_table(rows, rows[0]),
-                           *commands(rows)], accuracy_dots(points) if points else None)
+    return Section(title, basis(rows), [*text, *accuracy_table(rows, rows[0]), *commands(rows)],
+                   accuracy_dots(points) if points else None)
 
 
 def prompts(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -246,7 +252,7 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
     for row in rows:
         place = alphas.index(row.changes["lora_alpha"]), rates.index(row.changes["learning_rate"])
         if runs := row.runs:
-            loss[place] = statistics.mean(run.validation_loss for run in runs)
+            loss[place] = statistics.mean(losses(row))
             accuracy = statistics.mean(run.results["best"]["accuracy"] for run in runs)
             cells[place] = f"{loss[place]:.3f}, {accuracy:.3f}"
         else:
@@ -257,31 +263,40 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
     text = ["LoRA r=16. Each cell: validation loss of the best checkpoint, and its test accuracy. "
             "The first steps of AdamW move B by the learning rate whatever the gradient's size, "
             "and W by α / r times that: along a diagonal of equal α × rate those steps are alike."]
-    return Section("Learning rate and α", [
-        number_of(rows), *text, *markdown_table(lines), *commands(rows)],
-        heat_map(alphas, rates, loss) if cells else None)
+    return Section(
+        "Learning rate and α", basis(rows), [*text, *markdown_table(lines), *commands(rows)],
+        None if np.isnan(loss).all() else heat_map(alphas, rates, loss))
 
 
 def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
-    lines, series = [], {}
-    for name, of_rank in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
-        tried = {row.changes["learning_rate"]: [run.validation_loss for run in row.runs]
-                 for row in rows if bool(row.changes["lora_rank"]) is of_rank and row.runs}
-        series[name] = tried
+    lines, series, best = [], {}, rows[0]
+    for name, adapted in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
+        tried = [row for row in rows if bool(row.changes["lora_rank"]) is adapted and row.runs]
+        series[name] = {row.changes["learning_rate"]: losses(row) for row in tried}
         if tried:
-            best = min(tried, key=lambda rate: statistics.mean(tried[rate]))
-            edge = ", at the edge of what was tried" if best in (min(tried), max(tried)) else ""
-            lines.append(f"- {name}: lowest validation loss at a rate of {best:g}{edge}.")
-    return Section("Each at its own best learning rate", [
-        number_of(rows), "", *lines, *accuracy_table(rows, rows[0]), *commands(rows)],
+            best = min(tried, key=lambda row: statistics.mean(losses(row)))
+            rate = best.changes["learning_rate"]
+            edge = ", at the edge of what was tried" if rate in (
+                min(series[name]), max(series[name])) else ""
+            lines.append(f"- {name}: lowest validation loss at a rate of {rate:g}{edge}.")
+    return Section(
+        "Each at its own best learning rate", basis(rows),
+        [*lines, *accuracy_table(rows, best), *commands(rows)],
         rate_lines(series) if lines else None)
+
+
+def losses(row: Row) -> list[float]:
+    return [run.validation_loss for run in row.runs]
 
 
 def cost(rows: Sequence[Row]) -> Section:
     lines = [["", "trained", "share", "training, s", "reviews/s", "memory, MiB",
               "checkpoint, MB"]]
-    once = {row.jobs[0].name: row for row in reversed(rows) if row.runs}
-    for row in reversed(once.values()):
+    priced: dict[str, Row] = {}
+    for row in rows:
+        if row.runs:
+            priced.setdefault(row.jobs[0].name, row)
+    for row in priced.values():
         first, seconds, memory = row.runs[0], [], []
         settings, parameters = first.about["settings"], first.about["parameters"]
         for run in row.runs:
@@ -297,7 +312,7 @@ def cost(rows: Sequence[Row]) -> Section:
     text = ["Time of the optimizer's steps alone, with whatever ran beside them; memory is the "
             "most that the process held up to its last validation (on a GPU, what torch "
             "allocated); a checkpoint is the best one's weights on disk. The commands stand above."]
-    return Section("What does it cost?", text + markdown_table(lines))
+    return Section("What does it cost?", basis(rows), text + markdown_table(lines))
 
 
 SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
@@ -341,8 +356,9 @@ def write_report(
     """Write `report.md`, its pictures and `report.html`, which holds them; return the first."""
     folder, lines = Path(config.report_dir), head(questions, config, command)
     for name, section in sections(questions, config).items():
-        lines += ["", f"## {section.title}", "", *section.lines]
+        lines += ["", f"## {section.title}", "", section.basis, "", *section.lines]
         if section.figure:
+            section.figure.suptitle(section.basis, fontsize="small")
             with atomic_write(folder / f"{name}.png") as path:
                 section.figure.savefig(path, dpi=150, format="png")
             lines += ["", f"![{section.title}]({name}.png)"]

@@ -183,6 +183,7 @@ class Run:
                 settings, **devices.describe(self.device), processes=world_size(),
                 dtype=str(self.dtype).removeprefix("torch."),
                 parameters=count_parameters(self.model)._asdict(),
+                validation_reviews=len(self.validation),
             )
         self.metrics = runlog.MetricsLog(settings, enabled=rank() == 0)
         if config.compile:

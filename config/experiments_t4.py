@@ -1,3 +1,3 @@
-"""Every question with gpt2-medium on a T4; the homework's own recipe."""
+"""Every question with gpt2-medium on a T4, by the homework's own recipe."""
 
 out_dir = "out/experiments_t4"

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from configurator import configure
+from experiments import ExperimentsConfig
 from pretrain import PretrainConfig
 from train import TrainConfig
 
@@ -19,12 +20,14 @@ README = (ROOT / "README.md").read_text("utf-8")
 MODEL_CARD = (ROOT / "assets" / "gpt2-mini" / "README.md").read_text("utf-8")
 NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig",
-           "pretrain.py": "PretrainConfig", "bench.py": "BenchConfig"}
+           "pretrain.py": "PretrainConfig", "bench.py": "BenchConfig",
+           "experiments.py": "ExperimentsConfig"}
 
 
 def script_lines(text: str) -> list[str]:
     """Every `python SCRIPT.py …` or `torchrun … SCRIPT.py …` of a text."""
-    pattern = r"(?:python|torchrun)(?: --\S+)* (?:train|generate|pretrain|bench)\.py[^`\n|]*"
+    scripts = "|".join(script.removesuffix(".py") for script in CONFIGS)
+    pattern = rf"(?:python|torchrun)(?: --\S+)* (?:{scripts})\.py[^`\n|]*"
     return [line.strip() for line in re.findall(pattern, text)]
 
 
@@ -34,7 +37,7 @@ def notebook_lines() -> list[str]:
     parameters = {node.targets[0].id: ast.literal_eval(node.value)
                   for node in ast.parse(cells[0]).body}
     lines = script_lines("\n".join(cells))
-    return [re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], line) for line in lines]
+    return [re.sub(r"\{(\w+)\}", lambda name: str(parameters[name[1]]), line) for line in lines]
 
 
 @pytest.mark.parametrize("line", script_lines(README + MODEL_CARD) + notebook_lines())
@@ -56,7 +59,8 @@ def test_documentation_has_commands_to_check() -> None:
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_every_preset_parses_and_has_an_out_dir_of_its_own(preset: Path) -> None:
-    cls = PretrainConfig if preset.stem.startswith("pretrain") else TrainConfig
+    kinds = {"pretrain": PretrainConfig, "experiments": ExperimentsConfig}
+    cls = kinds.get(preset.stem.split("_")[0], TrainConfig)
     assert configure(cls, [str(preset)]).out_dir == f"out/{preset.stem}"
 
 

@@ -1,0 +1,58 @@
+"""An estimate grows with the work, and learns from the runs that ended."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from checkpoint import write_json
+from estimate import STARTUP, Estimate
+from jobs import Job
+from train import TrainConfig
+
+
+def job(folder: Path, script: str = "train.py", **settings: object) -> Job:
+    return Job("run", script, settings, folder, "last/results.json")
+
+
+def test_estimate_grows_with_steps_and_with_what_is_trained(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    estimate = Estimate(config, 1, [])
+    lora = estimate.seconds(job(tmp_path, lora_rank=4))
+    assert STARTUP < lora < estimate.seconds(job(tmp_path, lora_rank=0))
+    estimate.config = replace(config, max_iters=2 * config.max_iters)
+    assert estimate.seconds(job(tmp_path, lora_rank=4)) > lora
+    assert STARTUP < estimate.seconds(job(tmp_path, "generate.py")) < lora
+
+
+def test_longer_prompt_takes_longer(config: TrainConfig, tmp_path: Path) -> None:
+    estimate = Estimate(config, 1, [])
+    shared, own = (estimate.training(job(tmp_path, prompt=prompt)) for prompt in
+                   ("terse", "question"))  # the question stands behind the review: no prefix
+    assert own > 1.3 * shared
+
+
+@pytest.mark.parametrize("factor", [0.5, 20.0])
+def test_finished_runs_correct_the_estimate(
+    config: TrainConfig, tmp_path: Path, factor: float
+) -> None:
+    first = Estimate(config, 1, [])
+    seconds = factor * first.training(job(tmp_path))
+    settings = asdict(config)
+    reviews = config.max_iters * config.batch_size * config.gradient_accumulation_steps
+    facts = {"settings": settings, "device": "cpu", "dtype": "float32"}
+    write_json(tmp_path / "config.json", facts)
+    line = {"iteration": 0, "reviews_per_second": reviews / seconds}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    write_json(tmp_path / "last" / "results.json", {})
+    corrected = Estimate(config, 1, [job(tmp_path)])
+    assert corrected.training(job(tmp_path)) == pytest.approx(seconds)
+
+
+def test_model_and_data_that_every_run_needs_must_be_there(config: TrainConfig) -> None:
+    with pytest.raises(OSError, match="no train split"):
+        Estimate(replace(config, dataset=config.init_from), 1, [])
+    with pytest.raises(OSError, match=r"config\.json"):
+        Estimate(replace(config, init_from=config.dataset), 1, [])
