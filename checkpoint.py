@@ -6,6 +6,7 @@ Weights travel as safetensors, which hold no code. Every file appears whole or n
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder` and one level below."""
+    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
+        if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ Without torchrun there is one process, of rank 0, and nothing is summed.
 """
 
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -11,11 +12,11 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MISSING = object()
+Item = TypeVar("Item")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -127,7 +130,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_processes(device_name: str, backend: str) -> torch.device:
+def start_processes(device_name: str, backend: str = "auto") -> torch.device:
     """Join the process group, if there is one; return this process's own device.
 
     `backend` is nccl, gloo or auto: nccl on CUDA, else gloo. Raises ValueError if torch lacks it
@@ -153,22 +156,58 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Turn what torch raises where another process of the job is gone into a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"another process of this job has ended: {error}") from None
+
+
 def sum_over_ranks(tensors: list[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one message."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with together():
+        dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def of_rank_zero(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that rank 0 found: each process probes for itself, and may differ."""
-    found = [dtype]
+def own_share(items: Sequence[Item]) -> Sequence[Item]:
+    """Return every n-th of `items`, if there are n processes; another process has the next."""
+    return items[rank() :: world_size()]
+
+
+def gather_shares(share: list[Item]) -> list[Item]:
+    """Put together what all processes made of their `own_share`, in the old order."""
+    if not dist.is_initialized():
+        return share
+    shares: list[Any] = [None] * world_size()
+    with together():
+        dist.all_gather_object(shares, share)
+    whole = [item for row in itertools.zip_longest(*shares, fillvalue=MISSING) for item in row]
+    return [item for item in whole if item is not MISSING]
+
+
+def any_rank(happened: bool) -> bool:
+    """Tell whether it happened in any process, so that all may do the same."""
+    flag = torch.tensor(float(happened))
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        flag = flag.cuda()
+    sum_over_ranks([flag])
+    return bool(flag)
+
+
+def of_rank_zero(value: Item) -> Item:
+    """Return the value of rank 0 in all processes, once it has come that far."""
+    found = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
+        with together():
+            dist.broadcast_object_list(found, src=0)
     return found[0]
 
 

@@ -25,10 +25,14 @@ from devices import (
     DeviceConfig,
     autocast,
     device_name,
+    end_processes,
+    gather_shares,
     out_of_memory_told,
-    resolve_device,
+    own_share,
+    rank,
     resolve_dtype,
     set_up_memory,
+    start_processes,
 )
 from model import GPT, load_checkpoint
 from runlog import read_run
@@ -138,13 +142,14 @@ class ModelSampler:
 def score(
     sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
 ) -> dict[str, Any]:
-    """Return the scores of `records`; with a `folder`, write every prediction to
-    `predictions{suffix}.jsonl` in it and, when that is done, the scores to `results{suffix}.json`.
+    """Return the scores of `records`, which all processes share. With a `folder`, write every
+    prediction to `predictions{suffix}.jsonl` in it, then the scores to `results{suffix}.json`.
     """
-    predictions = sampler.predict_labels(records, progress="scoring" if folder else "")
+    share = sampler.predict_labels(own_share(records), progress="scoring" if folder else "")
+    predictions = gather_shares(share)
     labels = [record["label"] for record in records]
     results = summarize(labels, predictions, sampler.loader.task.labels) | sampler.describe()
-    if folder is None:
+    if folder is None or rank() > 0:
         return results
     with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
         for record, prediction in zip(records, predictions, strict=True):
@@ -204,7 +209,7 @@ def make_loader(settings: Mapping[str, Any], model: GPT) -> CustomDataLoader:
 
 def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, Any], Path]:
     """Return the model to score, its compute dtype, the settings behind it, and its folder."""
-    device = resolve_device(config.device)
+    device = start_processes(config.device)
     if config.init_from != "resume":
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
@@ -236,6 +241,9 @@ def main(config: GenerateConfig) -> None:
         return
     suffix = results_suffix(config, settings)
     results = score(sampler, loader.records(config.split), folder, suffix)
+    end_processes()
+    if rank() > 0:
+        return
     print(f"{folder}, {loader.dataset} {config.split}: {describe(results)}")
     print(f"written: {folder / f'results{suffix}.json'}")
 

@@ -9,14 +9,16 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from checkpoint import atomic_write, read_json, write_json
+from checkpoint import atomic_write, read_json, remove_leftovers, write_json
 
 KEY_FILE = Path("wandb_api.json")
 # They change what a run reports, not what it computes.
@@ -58,7 +60,8 @@ def changed_settings(settings: Mapping[str, Any], other: Mapping[str, Any]) -> s
 def refuse_loss(settings: Mapping[str, Any]) -> None:
     """Raise ValueError if starting anew in `out_dir` would lose work, unless told to overwrite.
 
-    A finished run of the same settings may be repeated: it ends the same.
+    A finished run of the same settings may be repeated, and so may one that was killed before its
+    first state was whole: it ends the same.
     """
     folder = Path(settings["out_dir"])
     saved = [name for name in ("trainer_state.pt", "best", "last") if (folder / name).exists()]
@@ -67,11 +70,28 @@ def refuse_loss(settings: Mapping[str, Any]) -> None:
     changed = changed_settings(read_run(str(folder))["settings"], settings)
     if changed:
         held = f"a run of other settings ({changed}); choose another out_dir"
-    elif not (folder / "last" / "results.json").is_file():
+    elif "trainer_state.pt" in saved and not (folder / "last" / "results.json").is_file():
         held = "an unfinished run; go on with init_from=resume"
     else:
         return
     raise ValueError(f"out_dir={str(folder)!r} holds {held}, or overwrite=True to replace it")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Keep other runs out of `folder` until the lock is released or this process ends.
+
+    What a killed run left half written is removed. Raises ValueError if another run is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"out_dir={str(folder)!r} is in use by another run") from None
+    except NotImplementedError:  # as on some network drives
+        print(f"{folder} cannot be locked here: let no other run write to it", file=sys.stderr)
+    remove_leftovers(folder)
+    return lock
 
 
 def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:

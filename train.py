@@ -65,6 +65,12 @@ class TrainConfig(OptimizerConfig, RunConfig):
     backend: Annotated[Backend, "of torchrun's processes; auto is nccl on CUDA"] = "auto"
 
 
+# More iterations are welcome in a resumed run: the decay, if any, keeps the steps it was made for.
+LONGER = ("max_iters", "eval_only")
+STATE_FIELDS = {"settings", "iteration", "evaluated", "checkpoints", "weights", "optimizer",
+                "scaler", "rng", "cuda_rng"}
+
+
 class SharedPrefix:
     """Keys and values of a prefix that batches share: it runs once, and is differentiated once.
 
@@ -102,44 +108,45 @@ def train_step(
     number, so that it does not depend on how the window is cut into batches.
     """
     supervised = sum(batch.supervised_tokens for batch in batches)
-    total = torch.zeros((), device=model.device)
+    losses = torch.zeros(len(batches), device=model.device)
     with autocast(model.device, dtype):
         prefix = SharedPrefix(model, batches[0].prefix)
-    for batch in batches[rank() :: world_size()]:
+    for i in devices.own_share(range(len(batches))):
         with autocast(model.device, dtype):
-            batch = batch.to(model.device)
+            batch = batches[i].to(model.device)
             _, loss = model(batch.inputs, batch.targets, prefix.past)
             loss = loss * (batch.supervised_tokens / supervised)
         scaler.scale(loss).backward()
-        total += loss.detach()
+        losses[i] = loss.detach()
     prefix.backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    devices.sum_over_ranks([total, *(parameter.grad for parameter in trained)])
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total.item()}")
+    devices.sum_over_ranks([losses, *(parameter.grad for parameter in trained)])
+    if not losses.isfinite().all():
+        i = losses.isfinite().logical_not().nonzero()[0].item()
+        raise FloatingPointError(f"the loss of batch {i + 1} of {len(batches)} is {losses[i]:g}")
     scaler.unscale_(optimizer)
     if grad_clip:
         nn.utils.clip_grad_norm_(trained, grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # in place: new ones would lie scattered in memory
-    return total.item()
+    return losses.sum().item()
 
 
 @torch.no_grad()
 def validation_loss(model: GPT, batches: list[Batch], dtype: torch.dtype) -> float:
-    """Return the mean loss in nats over the supervised tokens of fixed batches."""
+    """Return the mean loss in nats over the supervised tokens of fixed batches, on all ranks."""
     model.eval()
-    total = tokens = 0.0
+    total = torch.zeros((), device=model.device)
     with autocast(model.device, dtype):
         past = model.prefill(batches[0].prefix.to(model.device))
-        for batch in batches:
+        for batch in devices.own_share(batches):
             batch = batch.to(model.device)
             _, loss = model(batch.inputs, batch.targets, past)
-            total += loss.item() * batch.supervised_tokens
-            tokens += batch.supervised_tokens
+            total += loss * batch.supervised_tokens
+    devices.sum_over_ranks([total])
     model.train()
-    return total / tokens
+    return total.item() / sum(batch.supervised_tokens for batch in batches)
 
 
 class Run:
@@ -176,9 +183,11 @@ class Run:
             self.device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)
         self.iteration, self.evaluated = 0, False
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
+        self.lock = runlog.lock_folder(self.folder) if rank() == 0 else None
         if resume:
             self.load_state()
         elif rank() == 0:
+            runlog.refuse_loss(settings)  # once more, now that nobody else writes there
             runlog.start_folder(
                 settings, **devices.describe(self.device), processes=world_size(),
                 dtype=str(self.dtype).removeprefix("torch."),
@@ -189,6 +198,11 @@ class Run:
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.lock:
+            self.lock.release()
 
     def evaluate(self) -> None:
         """Validate, log, and save what has earned it."""
@@ -234,8 +248,9 @@ class Run:
         """Write all that the next step depends on; the data order follows from the iteration."""
         on_cuda = self.device.type == "cuda"
         state = {
-            "iteration": self.iteration, "evaluated": self.evaluated,
-            "checkpoints": self.checkpoints, "weights": self.trained_weights(),
+            "settings": asdict(self.config), "iteration": self.iteration,
+            "evaluated": self.evaluated, "checkpoints": self.checkpoints,
+            "weights": self.trained_weights(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_cuda else None,
@@ -246,6 +261,12 @@ class Run:
         """Go on where `save_state` was; later lines of `metrics.jsonl` are dropped."""
         path = self.folder / "trainer_state.pt"
         state = read_state(path)
+        if missing := STATE_FIELDS - state.keys():
+            raise ValueError(f"{path} is damaged or of another version: it lacks "
+                             f"{', '.join(sorted(missing))}")
+        mine = {name: getattr(self.config, name) for name in runlog.NEEDED_SETTINGS}
+        if changed := runlog.changed_settings(state["settings"], mine):
+            raise ValueError(f"{path} is another run's: {changed}")
         check_state(self.trained_weights(), state.get("weights", {}), str(path))
         for name, weight in self.trained_weights().items():
             weight.copy_(state["weights"][name])
@@ -269,7 +290,7 @@ def fit(run: Run) -> None:
     window = config.batch_size * config.gradient_accumulation_steps
     bar = tqdm(total=config.max_iters, initial=run.iteration, disable=rank() > 0, unit="step")
     with devices.stop_on_signal() as stopped, bar:
-        while not stopped:
+        while not devices.any_rank(bool(stopped)):
             finished = run.iteration >= config.max_iters
             due = finished or run.iteration % config.eval_interval == 0
             if config.eval_only or (due and not run.evaluated):
@@ -299,9 +320,12 @@ def fit(run: Run) -> None:
 
 
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
-    """Load both checkpoints as saved, score them on the test split, print a table."""
+    """Load both checkpoints as saved, score them on the test split, print a table.
+
+    The processes of a job share the reviews; rank 0 writes.
+    """
     config, scores, rows = run.config, {}, []
-    for name, saved in run.checkpoints.items():
+    for name, saved in devices.of_rank_zero(run.checkpoints).items():  # when they are written
         model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
         sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
         scores[name] = score(sampler, run.loader.records("test"), run.folder / name)
@@ -310,7 +334,8 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
         about = {"checkpoint": name, "step": str(saved["iteration"]),
                  "validation loss": f"{saved['loss']:.4f}"}
         rows.append(about | columns(scores[name]))
-    print("", table(rows), sep="\n")
+    if rank() == 0:
+        print("", table(rows), sep="\n")
     return scores
 
 
@@ -325,13 +350,13 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
               f"{len(run.loader.records('train')):,} reviews")
     try:
         fit(run)
-        devices.end_processes()
-        if config.eval_only or rank() > 0:
+        if config.eval_only:
             return {}
         run.model = run.optimizer = None  # make room for the checkpoints
         return score_test(run)
     finally:
-        run.metrics.close()
+        devices.end_processes()
+        run.close()
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
@@ -342,8 +367,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     settings = runlog.read_run(config.out_dir)["settings"]
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
     config = replace(config, init_from=settings["init_from"])
-    # More iterations are welcome: the decay, if any, keeps the steps it was made for.
-    free = {"max_iters": config.max_iters, "eval_only": config.eval_only}
+    free = {name: getattr(config, name) for name in LONGER}
     if changed := runlog.changed_settings(settings | free, asdict(config)):
         raise ValueError(f"a resumed run keeps its settings, but {changed}")
     return config
