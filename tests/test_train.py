@@ -126,7 +126,7 @@ def test_non_finite_loss_stops_before_any_weight_moves(config: TrainConfig) -> N
         lora_layers(model)["transformer.h.0.attn.c_attn"].lora_B.fill_(math.inf)
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     window = make_loader(asdict(config), model).window(0, 8, 4)
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
+    with pytest.raises(FloatingPointError, match="the loss of batch 1 of 2 is nan"):
         train_step(model, window, configure_optimizer(model, config), NO_SCALER, 1.0, torch.float32)
     torch.testing.assert_close(lora_state_dict(model), before, rtol=0, atol=0)
 
@@ -245,7 +245,7 @@ def test_unfinished_run_is_not_started_over_by_accident(config: TrainConfig) -> 
 
 
 def test_run_that_saved_nothing_blocks_nobody(config: TrainConfig) -> None:
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+    with pytest.raises(FloatingPointError, match="step 1: the loss of batch 1 of 2 is nan"):
         train(replace(config, learning_rate=1e30, grad_clip=0.0))
     train(replace(config, max_iters=1))
     assert runlog.read_run(config.out_dir)["settings"]["learning_rate"] == config.learning_rate
