@@ -56,10 +56,10 @@ def test_every_claim_has_its_number(notebook: nbformat.NotebookNode) -> None:
     trained = outputs(notebook, "config/lora_r128.py")
     assert "training 786,432 of 16,877,312 parameters (4.66%)" in trained
     table = re.compile(r"^ +best +\d.*\n +last +2 +\d.*", re.MULTILINE)
-    assert table.search(outputs(notebook, "{PROMPT}"))
+    assert table.search(outputs(notebook, "(PROMPT)"))
     again = outputs(notebook, "train.py init_from=resume")
     assert table.search(again)[0] == table.search(trained)[0]
-    assert "P(positive) = 0." in outputs(notebook, "{REVIEW}")
+    assert "P(positive) = 0." in outputs(notebook, "(REVIEW)")
 
 
 def test_tables_and_curves_stand_in_the_notebook(notebook: nbformat.NotebookNode) -> None:
