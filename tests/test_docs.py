@@ -37,8 +37,6 @@ def notebook_lines() -> list[str]:
     parameters = {node.targets[0].id: ast.literal_eval(node.value)
                   for node in ast.parse(cells[0]).body}
     lines = script_lines("\n".join(cells))
-    lines = [re.sub(r"\{shlex\.quote\((\w+)\)\}", lambda name: shlex.quote(parameters[name[1]]),
-                    line) for line in lines]
     return [re.sub(r"\{(\w+)\}", lambda name: str(parameters.get(name[1], name[0])), line)
             for line in lines]
 
