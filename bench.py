@@ -24,15 +24,14 @@ from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, Record, SentimentTask, get_tokenizer
 from devices import DeviceConfig, resolve_device, resolve_dtype
+from estimate import matrix_peak, useful_flops
 from measure import (
     SHAPES,
     Contender,
     Measure,
     Worker,
-    matrix_peak,
     random_checkpoint,
     spread,
-    useful_flops,
 )
 from runlog import git_commit
 from scores import markdown_table

@@ -72,15 +72,20 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: allocated on CUDA, else resident."""
+    """Return the most bytes that this process has held: allocated on CUDA, else resident.
+
+    0 where the system does not tell, as on Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage(2) would start from what the parent held at the fork
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    import resource  # Windows has none
+    if sys.platform == "darwin":
+        import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux, getrusage(2) would start from what the parent held at the fork.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.is_file() else "")
+    return 1024 * int(found[1]) if found else 0
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

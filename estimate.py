@@ -1,23 +1,64 @@
-"""How long a training or a scoring run may take, before it was made."""
+"""The matrix products that a review takes, this machine's speed at them, the time of a run."""
 
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+import products
 from checkpoint import read_hub_shape
 from dataloader import CustomDataLoader, SentimentTask
 from devices import resolve_device, resolve_dtype
 from jobs import Job
-from measure import matrix_peak, useful_flops
 from model import GPTConfig
 from runlog import read_metrics, read_run, training_seconds
 from train import TrainConfig
 
+MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
 STARTUP = 6.0  # seconds until a script computes
 EFFICIENCY = 0.25  # the speed of a run, as a share of one large matrix product's
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some.
+
+    "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `products.linear`.
+    """
+    rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(columns, inner, device=device).to(dtype)
+    seconds: dict[Any, list[float]] = {F.linear: [], products.linear: []}
+    for _ in range(10):
+        for product, times in seconds.items():
+            started = time.perf_counter()
+            product(x, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+    flops = {product: 2 * rows * inner * columns / min(times) for product, times in seconds.items()}
+    return {"plain": flops[F.linear], "best": max(flops.values())}
+
+
+def useful_flops(shape: GPTConfig, own: float, prefix: float, rank: int, verb: str) -> float:
+    """Return the matrix FLOPs that a review needs; a frozen weight (rank > 0) needs no gradient.
+
+    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
+    keys and values everywhere, the rest at two positions; so does the head. Attention's own
+    products, some 2 %, are left out.
+    """
+    C, answers = shape.n_embd, 2
+    everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
+    forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
+    if verb == "score":
+        return forward + 2 * 12 * C * C * (shape.n_layer - 1)  # and the label's way to end-of-text
+    if not rank:
+        return 3 * forward
+    adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
+    return 2 * forward + 3 * adapters
 
 
 class Estimate:
@@ -32,6 +73,8 @@ class Estimate:
         self.records = {split: task.read(config.dataset, split)
                         for split in ("train", "validation", "test")}
         peak = matrix_peak(resolve_dtype(config.dtype, device), device)["plain"]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the runs will want it
         sharing = max(1.0, at_once / max(1, torch.cuda.device_count()))
         self.rate = EFFICIENCY * peak / sharing
         done = [job for job in jobs if job.script == "train.py" and job.finished]

@@ -65,7 +65,7 @@ def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     """Return the variants of each question; those of one name are one and the same."""
 
     def rate(peak: float, factor: float) -> dict[str, float]:
-        floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+        floor = config.min_lr / config.learning_rate
         return {"learning_rate": rounded(peak * factor), "min_lr": rounded(peak * factor * floor)}
 
     def lora(label: str, rank: int = 16, alpha: float = 64.0, factor: float = 1.0,
@@ -87,8 +87,8 @@ def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
                       for prompt in prompts],
         "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in (16, 128, 196)), full()],
         "alpha": [lora("LoRA r=16, α=64"), lora("LoRA r=16, α=256", alpha=256.0), full()],
-        "prompts": [lora(config.prompt), *(
-            lora(prompt, suffix=f"_{prompt}", prompt=prompt) for prompt in prompts[1:])],
+        "prompts": [lora(f"prompt: {config.prompt}"), *(
+            lora(f"prompt: {name}", suffix=f"_{name}", prompt=name) for name in prompts[1:])],
         "grid": [lora(f"α={a:g}, rate {rounded(peak * f)}", 16, a, f)._replace(seeds=1)
                  for a in (16.0, 64.0, 256.0) for f in FACTORS],
         "rates": [*(lora(f"LoRA r=16, rate {rounded(peak * f)}", factor=f) for f in FACTORS),
@@ -144,19 +144,21 @@ def make_job(name: str, script: str, settings: dict[str, Any], defaults: dict[st
     return Job(name, script, changed, Path(out_dir, f"{name}-{fingerprint}"), result)
 
 
-def select(
-    questions: Mapping[str, Sequence[Variant]], jobs: Mapping[str, Sequence[Job]], only: str
-) -> list[Job]:
+def jobs_by_question(
+    questions: Mapping[str, Sequence[Variant]], jobs: Mapping[str, Sequence[Job]]
+) -> dict[str, list[Job]]:
+    return {question: [job for variant in variants for job in jobs[variant.name][: variant.seeds]]
+            for question, variants in questions.items()}
+
+
+def select(by_question: Mapping[str, Sequence[Job]], only: str) -> list[Job]:
     """Return the jobs that `only` names, by question or by run; each once."""
-    by_name = {job.name: [job] for row in jobs.values() for job in row}
-    for question, variants in questions.items():
-        by_name[question] = [job for variant in variants
-                             for job in jobs[variant.name][: variant.seeds]]
-    names = only.replace(",", " ").split() or list(questions)
-    if unknown := [name for name in names if name not in by_name]:
+    named = {job.name: [job] for jobs in by_question.values() for job in jobs} | dict(by_question)
+    names = only.replace(",", " ").split() or list(by_question)
+    if unknown := [name for name in names if name not in named]:
         raise ValueError(f"only={only!r}: there is no {unknown[0]!r}; there are the questions "
-                         f"{', '.join(questions)}, and the runs that dry_run=True lists")
-    return list({job.name: job for name in names for job in by_name[name]}.values())
+                         f"{', '.join(by_question)}, and the runs that dry_run=True lists")
+    return list({job.name: job for name in names for job in named[name]}.values())
 
 
 def check(config: ExperimentsConfig) -> None:
@@ -165,23 +167,27 @@ def check(config: ExperimentsConfig) -> None:
     for name in PLANNED:
         if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{name}={getattr(config, name)!r}: the plan sets it for each run")
+    for name in ("max_iters", "learning_rate", "full_learning_rate"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}=0 trains nothing")
+    if config.jobs > 1 and ":" in config.device:
+        raise ValueError(f"device={config.device!r} is one GPU, but jobs={config.jobs} take turns "
+                         "on all that CUDA_VISIBLE_DEVICES names")
     if config.init_from == "resume":
         raise ValueError("init_from=resume: the same command as before goes on by itself")
 
 
 def list_jobs(
-    chosen: Sequence[Job], questions: Mapping[str, Sequence[Variant]], estimate: Estimate,
+    chosen: Sequence[Job], by_question: Mapping[str, Sequence[Job]], estimate: Estimate,
     at_once: int,
 ) -> str:
     """Return a table of the jobs: their questions, their state, their time."""
     rows, total = [], 0.0
     for job in chosen:
-        state = "finished" if job.finished else "interrupted" if job.interrupted else "to do"
         seconds = 0.0 if job.finished else estimate.seconds(job)
         total += seconds
-        asked = [question for question, variants in questions.items()
-                 if job.name.partition("-seed")[0] in {variant.name for variant in variants}]
-        rows.append({"run": job.name, "state": state, "minutes": f"{seconds / 60:.1f}",
+        asked = [question for question, jobs in by_question.items() if job in jobs]
+        rows.append({"run": job.name, "minutes": f"{seconds / 60:.1f}", "state": job.state,
                      "questions": ", ".join(asked)})
     text = table(rows) + "\n" if rows else ""
     return f"{text}{len(rows)} runs, about {total / at_once / 60:.0f} minutes to go"
@@ -207,30 +213,42 @@ def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate
             bar.update()
 
 
+def tell(
+    config: ExperimentsConfig, questions: Mapping[str, Sequence[Variant]],
+    jobs: Mapping[str, Sequence[Job]], errors: Mapping[str, str],
+) -> Path:
+    """Write the report of what there is by now; return its path."""
+    rows = {question: [Row(variant.label, variant.changes, jobs[variant.name][: variant.seeds],
+                           errors) for variant in variants]
+            for question, variants in questions.items()}
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    asked = config.only.replace(",", " ").split() or list(questions)
+    path = write_report(rows, config, command, asked)
+    print(f"written: {path}")
+    return path
+
+
 def main(config: ExperimentsConfig) -> None:
     check(config)
     questions = plan(config)
     jobs = plan_jobs(config, questions)
-    chosen = select(questions, jobs, config.only)
+    by_question = jobs_by_question(questions, jobs)
+    chosen = select(by_question, config.only)
     estimate = Estimate(config, config.jobs, chosen)
     if config.dry_run:
-        print(list_jobs(chosen, questions, estimate, config.jobs))
+        print(list_jobs(chosen, by_question, estimate, config.jobs))
         return
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the runs save themselves
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: the runs save themselves
+        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     errors: dict[str, str] = {}
     try:
         execute(chosen, config, estimate, errors)
     except KeyboardInterrupt:
+        tell(config, questions, jobs, errors)
         print("stopped; the same command goes on", file=sys.stderr)
         raise
-    finally:
-        rows = {question: [Row(variant.label, variant.changes, jobs[variant.name][: variant.seeds],
-                               errors) for variant in variants]
-                for question, variants in questions.items()}
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        path = write_report(rows, config, command)
-        print(f"written: {path}")
+    path = tell(config, questions, jobs, errors)
     if errors:
         name, error = next(iter(errors.items()))
         raise ValueError(f"{len(errors)} of {len(chosen)} runs failed, as {name}: {error}; "

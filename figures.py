@@ -31,7 +31,7 @@ def validation_curves(series: Sequence[tuple[str, Sequence[Metrics]]]) -> Figure
     accuracy.set(xlabel="optimizer steps", ylabel="validation accuracy (generated answers)")
     for panel in (loss, accuracy):
         panel.grid(alpha=0.3)
-    loss.legend(title="mean; band: all seeds")
+    loss.legend(title="mean; band: all seeds" if max(map(len, dict(series).values())) > 1 else "")
     return figure
 
 
@@ -64,7 +64,8 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
                       color=STYLES[0][0], label=None if place else "mean, 95 % interval")
         axes.plot(accuracies, [place] * len(accuracies), "|", markersize=12, color=STYLES[1][0],
                   label=None if place else "each seed")
-    axes.set_yticks(range(len(points)), [label[:40] for label, *_ in points])
+    axes.set_yticks(range(len(points)), [label[:40] for label, *_ in points],
+                    parse_math=False)
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.set(xlabel="test accuracy, best checkpoint")
     axes.grid(axis="x", alpha=0.3)

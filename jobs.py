@@ -46,6 +46,19 @@ class Job(NamedTuple):
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    @property
+    def state(self) -> str:
+        """Where it stands: finished, interrupted, to do, or what it said when it failed."""
+        if self.finished or self.interrupted:
+            return "finished" if self.finished else "interrupted"
+        return f"failed: {self.last_words}" if self.last_words else "to do"
+
+    @property
+    def last_words(self) -> str:
+        said = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        return lines[-1].removeprefix("error: ") if lines else ""
+
     def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
         """Start it, or go on with it, in a session of its own: Ctrl-C is the parent's to hear."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +77,7 @@ class Job(NamedTuple):
             return f"killed by {signal.Signals(-code).name}"
         if not code:
             return "" if self.finished else "it ended without its result"
-        said = self.log.read_text("utf-8", "replace").strip().splitlines()
-        return said[-1].removeprefix("error: ") if said else f"exit code {code}"
+        return self.last_words or f"exit code {code}, see {self.log}"
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
@@ -89,6 +101,8 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
                 (job.folder / STATE).unlink(missing_ok=True)
             yield job, error
     finally:
+        if running:
+            print("stopping; the runs save themselves first", file=sys.stderr)
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():

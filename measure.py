@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import devices
-import products
 from checkpoint import END_OF_TEXT
 from contenders import HandoutStyle, Ours, PeftStyle
 from dataloader import Record, get_tokenizer
@@ -25,7 +23,6 @@ from model import GPT, SIZES, GPTConfig
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
 Way = Literal["ours", "full", "handout", "peft"]
 WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
-MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
 
 
 class Contender(NamedTuple):
@@ -132,41 +129,3 @@ def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[R
     by_length = sorted(records, key=lambda record: len(record["text"]))
     size = len(by_length) / number
     return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)
-
-
-def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some.
-
-    "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `products.linear`.
-    """
-    rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
-    x = torch.randn(rows, inner, device=device).to(dtype)
-    weight = torch.randn(columns, inner, device=device).to(dtype)
-    seconds: dict[Any, list[float]] = {F.linear: [], products.linear: []}
-    for _ in range(10):
-        for product, times in seconds.items():
-            started = time.perf_counter()
-            product(x, weight)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - started)
-    flops = {product: 2 * rows * inner * columns / min(times) for product, times in seconds.items()}
-    return {"plain": flops[F.linear], "best": max(flops.values())}
-
-
-def useful_flops(shape: GPTConfig, own: float, prefix: float, rank: int, verb: str) -> float:
-    """Return the matrix FLOPs that a review needs; a frozen weight (rank > 0) needs no gradient.
-
-    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
-    keys and values everywhere, the rest at two positions; so does the head. Attention's own
-    products, some 2 %, are left out.
-    """
-    C, answers = shape.n_embd, 2
-    everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
-    forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
-    if verb == "score":
-        return forward + 2 * 12 * C * C * (shape.n_layer - 1)  # and the label's way to end-of-text
-    if not rank:
-        return 3 * forward
-    adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
-    return 2 * forward + 3 * adapters

@@ -5,7 +5,7 @@ import html
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from scores import markdown_table, wilson_interval
 from train import TrainConfig
 
 RANKS = (16, 128, 196)
+PRICED = ("curves", "prompts", "layers")  # the questions whose runs differ in what they cost
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
 th, td { border-bottom: 1px solid #bbb; padding: .3em .7em; text-align: right }
@@ -71,8 +72,9 @@ class Row(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        failed = [self.errors[job.name] for job in self.jobs if job.name in self.errors]
-        return f"failed: {plain(failed[0])}" if failed else "not run yet"
+        """What keeps the first unfinished run from being finished."""
+        job = next(job for job in self.jobs if not job.finished)
+        return plain(f"failed: {self.errors[job.name]}" if job.name in self.errors else job.state)
 
 
 class Section(NamedTuple):
@@ -91,7 +93,7 @@ def load_run(folder: Path) -> TrainedRun:
         results[name] = read_json(folder / name / "results.json")
         predictions = read_predictions(folder / name / "predictions.jsonl")
         right[name] = np.array([row["label"] == row["truth"] for row in predictions])
-    weights = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in (folder / "best").glob("[!.]*.safetensors"))
     return TrainedRun(read_run(str(folder)), read_metrics(folder), results, right, weights)
 
 
@@ -100,11 +102,11 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
-    """Make any text fit into a cell of a table."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """Make any text fit into a cell of a table, to be read as it stands."""
+    return re.sub(r"([|*_`\[\\])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean of the seeds and, of several, their standard deviation."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
@@ -119,7 +121,7 @@ def accuracy_cells(runs: Sequence[TrainedRun], checkpoint: str) -> list[str]:
     accuracies = [result["accuracy"] for result in results]
     garbage = statistics.mean(result["garbage"] / result["n"] for result in results)
     mean = statistics.mean(accuracies)
-    return [spread(accuracies), interval(mean, results[0]["n"]), f"{garbage:.1%}"]
+    return [mean_and_deviation(accuracies), interval(mean, results[0]["n"]), f"{garbage:.1%}"]
 
 
 def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
@@ -135,7 +137,8 @@ def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
 def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
     """Return a row of scores for each variant, both checkpoints side by side."""
     titles = ["", "seeds", "validation loss", "best: test accuracy", "95 % interval", "garbage",
-              "last: test accuracy", "95 % interval", "garbage", f"best, against {against.label}"]
+              "last: test accuracy", "95 % interval", "garbage",
+              f"best, minus {plain(against.label)} (± half its 95 % interval)"]
     lines = [titles]
     for row in rows:
         runs = row.runs
@@ -144,7 +147,7 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
             continue
         other = row is against or not against.runs
         lines.append([
-            plain(row.label), row.seeds, spread(losses(row)),
+            plain(row.label), row.seeds, mean_and_deviation(losses(row)),
             *accuracy_cells(runs, "best"), *accuracy_cells(runs, "last"),
             "" if other else difference(runs, against.runs),
         ])
@@ -154,8 +157,12 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
 def commands(rows: Sequence[Row]) -> list[str]:
     """Return the exact commands behind a table, folded away."""
     summary = "the exact commands, first seed; the others differ in seed and out_dir"
-    return ["", f'<details markdown="1"><summary>{summary}</summary>', "", "```",
-            *(row.jobs[0].command for row in rows), "```", "", "</details>"]
+    return ["", f'<details markdown="1"><summary>{summary}</summary>', "",
+            *fenced(row.jobs[0].command for row in rows), "", "</details>"]
+
+
+def fenced(lines: Iterable[str]) -> list[str]:
+    return ["~~~~", *lines, "~~~~"]
 
 
 def basis(rows: Sequence[Row]) -> str:
@@ -164,8 +171,8 @@ def basis(rows: Sequence[Row]) -> str:
     sizes = {f"n = {run.results['best']['n']:,} test and {run.about['validation_reviews']:,} "
              "validation reviews" for run in runs}
     seeds = dict.fromkeys(str(job.settings.get("seed", TrainConfig.seed))
-                          for row in rows for job in row.jobs)
-    return f"{'; '.join(sorted(sizes)) or 'n = 0'}; seeds {', '.join(seeds)}."
+                          for row in rows for job in row.jobs if job.finished)
+    return f"{'; '.join(sorted(sizes)) or 'n = 0'}; seeds {', '.join(seeds) or 'none yet'}."
 
 
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -199,15 +206,20 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
         lines.append([plain(row.label), f"{n:,}", f"{scores['accuracy']:.3f}",
                       interval(scores["accuracy"], n), f"{scores['garbage'] / n:.1%}",
                       f"{constrained:.3f}", interval(constrained, n)])
-        predictions = read_predictions(found[0].with_name(
-            found[0].name.replace("results", "predictions")).with_suffix(".jsonl"))
-        shown = shown or [f"{prediction['text'][:60]!r:64} -> {prediction['generated']!r}"
-                          for prediction in predictions[:: max(1, len(predictions) // 6)][:6]]
+        shown = shown or ["", f"Some answers to the prompt {plain(row.label)}, verbatim:", "",
+                          *fenced(verbatim(found[0]))]
     text = ["Garbage is an answer without exactly one label word; it counts as wrong. The "
             "constrained accuracy asks which label word the model finds likelier. Greedy."]
-    quoted = ["", "Some answers to the first prompt, verbatim:", "", "```", *shown, "```"]
     return Section("What does the model know before fine-tuning?", "",
-                   text + markdown_table(lines) + (quoted if shown else []) + commands(rows))
+                   text + markdown_table(lines) + shown + commands(rows))
+
+
+def verbatim(results: Path) -> list[str]:
+    """Return six reviews, spread over the test split, each with the answer it got."""
+    name = "predictions" + results.stem.removeprefix("results") + ".jsonl"
+    predictions = read_predictions(results.with_name(name))
+    return [f"{row['text'][:60]!r:64} -> {row['generated']!r}"
+            for row in predictions[:: max(1, len(predictions) // 6)][:6]]
 
 
 def lines_of(rows: Sequence[Row], title: str) -> Section:
@@ -253,14 +265,14 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
         place = alphas.index(row.changes["lora_alpha"]), rates.index(row.changes["learning_rate"])
         if runs := row.runs:
             loss[place] = statistics.mean(losses(row))
-            accuracy = statistics.mean(run.results["best"]["accuracy"] for run in runs)
-            cells[place] = f"{loss[place]:.3f}, {accuracy:.3f}"
+            accuracy, bounds, _ = accuracy_cells(runs, "best")
+            cells[place] = f"{loss[place]:.3f}; {accuracy} ({bounds})"
         else:
             cells[place] = row.trouble
     lines = [["", *map("rate {:g}".format, rates)]]
     for i, value in enumerate(alphas):
         lines.append([f"α = {value:g}", *(cells[i, j] for j in range(len(rates)))])
-    text = ["LoRA r=16. Each cell: validation loss of the best checkpoint, and its test accuracy. "
+    text = ["LoRA r=16. Each cell: the best checkpoint's validation loss; its test accuracy. "
             "The first steps of AdamW move B by the learning rate whatever the gradient's size, "
             "and W by α / r times that: along a diagonal of equal α × rate those steps are alike."]
     return Section(
@@ -271,13 +283,14 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
 def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
     lines, series, best = [], {}, rows[0]
     for name, adapted in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
-        tried = [row for row in rows if bool(row.changes["lora_rank"]) is adapted and row.runs]
+        kind = [row for row in rows if bool(row.changes["lora_rank"]) is adapted]
+        grid = [row.changes["learning_rate"] for row in kind]
+        tried = [row for row in kind if row.runs]
         series[name] = {row.changes["learning_rate"]: losses(row) for row in tried}
         if tried:
             best = min(tried, key=lambda row: statistics.mean(losses(row)))
             rate = best.changes["learning_rate"]
-            edge = ", at the edge of what was tried" if rate in (
-                min(series[name]), max(series[name])) else ""
+            edge = ", at the edge of what was tried" if rate in (min(grid), max(grid)) else ""
             lines.append(f"- {name}: lowest validation loss at a rate of {rate:g}{edge}.")
     return Section(
         "Each at its own best learning rate", basis(rows),
@@ -294,8 +307,7 @@ def cost(rows: Sequence[Row]) -> Section:
               "checkpoint, MB"]]
     priced: dict[str, Row] = {}
     for row in rows:
-        if row.runs:
-            priced.setdefault(row.jobs[0].name, row)
+        priced.setdefault(row.jobs[0].name, row)
     for row in priced.values():
         first, seconds, memory = row.runs[0], [], []
         settings, parameters = first.about["settings"], first.about["parameters"]
@@ -306,7 +318,7 @@ def cost(rows: Sequence[Row]) -> Section:
         speed = settings["max_iters"] * window / statistics.mean(seconds)
         lines.append([
             plain(row.label), f"{parameters['trained']:,}",
-            f"{parameters['trained'] / parameters['total']:.2%}", spread(seconds, 1),
+            f"{parameters['trained'] / parameters['total']:.2%}", mean_and_deviation(seconds, 1),
             f"{speed:.1f}", f"{statistics.mean(memory):,.0f}",
             f"{first.checkpoint_bytes / 1e6:.1f}"])
     text = ["Time of the optimizer's steps alone, with whatever ran beside them; memory is the "
@@ -321,17 +333,15 @@ SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
 }
 
 
-def sections(questions: Mapping[str, Sequence[Row]], config: TrainConfig) -> dict[str, Section]:
-    """Return a section for each question of which anything was tried."""
-    found = {}
-    for name, rows in questions.items():
-        tried = [row for row in rows for job in row.jobs if job.finished or job.name in row.errors]
-        if tried or not rows:
-            found[name] = SECTIONS[name](rows, config)
-    priced = [row for name in ("curves", "layers") for row in questions[name]]
-    if any(row.runs for row in priced):
-        found["cost"] = cost(priced)
-    return found
+def sections(
+    questions: Mapping[str, Sequence[Row]], config: TrainConfig, asked: Collection[str]
+) -> dict[str, Section]:
+    """Return a section for each question that was asked, now or before: then all its runs are."""
+    shown = {name: rows for name, rows in questions.items()
+             if name in asked or all(job.finished for row in rows for job in row.jobs)}
+    found = {name: SECTIONS[name](rows, config) for name, rows in shown.items()}
+    priced = [row for name in PRICED for row in shown.get(name, ()) if row.runs]
+    return found | ({"cost": cost(priced)} if priced else {})
 
 
 def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: str) -> list[str]:
@@ -341,21 +351,25 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
     facts = {name: ", ".join(dict.fromkeys(str(run.about.get(name)) for run in runs))
              for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
     made = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    made = f" Made on: {made}." if made else ""
     return ["# LoRA on GPT-2: the homework's questions", "",
             f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
-            f"{config.batch_size * config.gradient_accumulation_steps} reviews. {made}.", "",
+            f"{config.batch_size * config.gradient_accumulation_steps} reviews.{made}", "",
             "Accuracies are of *generated* answers on the test split, mean ± standard deviation "
             "of the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews. The "
             "best checkpoint is the one of lowest validation loss; each run reads the test split "
-            "once, at its end.", "", "```", command, "```"]
+            "once, at its end.", "", *fenced([command])]
 
 
 def write_report(
-    questions: Mapping[str, Sequence[Row]], config: Any, command: str
+    questions: Mapping[str, Sequence[Row]], config: Any, command: str, asked: Collection[str]
 ) -> Path:
-    """Write `report.md`, its pictures and `report.html`, which holds them; return the first."""
+    """Write `report.md`, its pictures and `report.html`, which holds them; return the first.
+
+    `asked` names the questions to tell of even if their runs are not all finished.
+    """
     folder, lines = Path(config.report_dir), head(questions, config, command)
-    for name, section in sections(questions, config).items():
+    for name, section in sections(questions, config, asked).items():
         lines += ["", f"## {section.title}", "", section.basis, "", *section.lines]
         if section.figure:
             section.figure.suptitle(section.basis, fontsize="small")

@@ -15,13 +15,13 @@ class Prediction(NamedTuple):
     label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
 
 
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
+def wilson_interval(right: float, n: int) -> tuple[float, float]:
     """Return the 95 % score interval of the proportion right / n (Wilson, 1927)."""
     z, share = 1.959964, right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)  # rounding may step outside
+    return (low if right else 0.0), (high if right < n else 1.0)  # rounding would step outside
 
 
 def summarize(

@@ -4,15 +4,15 @@ init_from = "gpt2-mini"
 dataset = "movie_reviews"
 out_dir = "out/experiments_mini"
 train_size = 0
-# The quickstart's recipe, one epoch of it.
-batch_size = 32
+# One epoch in small windows, at a rate at which every rank learns: at 2e-3, r = 196 does not.
+batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 213
-learning_rate = 2e-3
-full_learning_rate = 5e-4
-warmup_iters = 5
+max_iters = 426
+learning_rate = 5e-4
+full_learning_rate = 2.5e-4
+warmup_iters = 10
 decay_lr = True
-min_lr = 2e-4
-eval_interval = 36
+min_lr = 5e-5
+eval_interval = 71
 # Small products do not fill two cores: two runs at a time take three quarters of the time.
 jobs = 2

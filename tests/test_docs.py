@@ -37,7 +37,8 @@ def notebook_lines() -> list[str]:
     parameters = {node.targets[0].id: ast.literal_eval(node.value)
                   for node in ast.parse(cells[0]).body}
     lines = script_lines("\n".join(cells))
-    return [re.sub(r"\{(\w+)\}", lambda name: str(parameters[name[1]]), line) for line in lines]
+    return [re.sub(r"\{(\w+)\}", lambda name: str(parameters.get(name[1], name[0])), line)
+            for line in lines]
 
 
 @pytest.mark.parametrize("line", script_lines(README + MODEL_CARD) + notebook_lines())

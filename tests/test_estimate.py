@@ -5,10 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoint import write_json
-from estimate import STARTUP, Estimate
+from estimate import STARTUP, Estimate, matrix_peak, useful_flops
 from jobs import Job
+from model import GPTConfig
 from train import TrainConfig
 
 
@@ -56,3 +58,22 @@ def test_model_and_data_that_every_run_needs_must_be_there(config: TrainConfig) 
         Estimate(replace(config, dataset=config.init_from), 1, [])
     with pytest.raises(OSError, match=r"config\.json"):
         Estimate(replace(config, init_from=config.dataset), 1, [])
+
+
+def test_useful_flops_are_twice_the_weights_that_a_token_meets() -> None:
+    """By brute force: count the products of each matrix with each token that needs it."""
+    shape, own, prefix, rank = GPTConfig(n_layer=3, n_head=2, n_embd=10), 29.0, 0.5, 4
+    attention, output, mlp = 3 * 10 * 10, 10 * 10, 8 * 10 * 10
+    forward = 2 * ((own + prefix) * (2 * (attention + output + mlp) + attention)
+                   + 2 * (output + mlp) + 2 * shape.vocab_size * 10)
+    another_token = 2 * 2 * (attention + output + mlp)
+    assert useful_flops(shape, own, prefix, rank, "score") == forward + another_token
+    assert useful_flops(shape, own, prefix, 0, "train") == 3 * forward
+    pairs = 2 * (own + prefix) * 3 * 3 * (10 * rank + rank * 10)
+    assert useful_flops(shape, own, prefix, rank, "train") == 2 * forward + 3 * pairs
+
+
+def test_peak_is_of_a_plausible_size() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        peak = matrix_peak(dtype, torch.device("cpu"))
+        assert 1e8 < peak["plain"] <= peak["best"] < 1e14

@@ -19,6 +19,7 @@ from experiments import (
     FACTORS,
     ExperimentsConfig,
     check,
+    jobs_by_question,
     main,
     plan,
     plan_jobs,
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ExperimentsConfig()
 QUESTIONS = plan(CONFIG)
 JOBS = plan_jobs(CONFIG, QUESTIONS)
+BY_QUESTION = jobs_by_question(QUESTIONS, JOBS)
 VARIANTS = {variant.name: variant for row in QUESTIONS.values() for variant in row}
 
 
@@ -101,18 +103,20 @@ def test_own_prompt_is_the_first_of_the_prompts() -> None:
 
 
 def test_only_takes_questions_and_runs_once_each() -> None:
-    names = [job.name for job in select(QUESTIONS, JOBS, "alpha, r128_alpha512-seed1338 alpha")]
+    names = [job.name for job in select(BY_QUESTION, "alpha, r128_alpha512-seed1338 alpha")]
     assert names == [*(f"{name}-seed{seed}" for name in ("r16_alpha64", "r16_alpha256", "full")
                        for seed in (1337, 1338, 1339)), "r128_alpha512-seed1338"]
-    assert len(select(QUESTIONS, JOBS, "")) == sum(map(len, JOBS.values()))
-    assert len(select(QUESTIONS, JOBS, "grid")) == 9
+    assert len(select(BY_QUESTION, "")) == sum(map(len, JOBS.values()))
+    assert len(select(BY_QUESTION, "grid")) == 9
     with pytest.raises(ValueError, match=r"only='curve': there is no 'curve'.*shares, zero"):
-        select(QUESTIONS, JOBS, "curve")
+        select(BY_QUESTION, "curve")
 
 
 @pytest.mark.parametrize("setting", [
     {"lora_rank": 8}, {"lora_alpha": 1.0}, {"lora_qkv": "shared"}, {"eval_only": True},
     {"lora_targets": "mlp.c_fc"}, {"overwrite": True}, {"init_from": "resume"}, {"prompt": "x"},
+    {"max_iters": 0}, {"learning_rate": 0.0}, {"full_learning_rate": 0.0},
+    {"device": "cuda:1", "jobs": 2},
 ])
 def test_settings_that_would_do_nothing_are_refused(setting: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -124,11 +128,12 @@ def test_presets_make_the_same_runs() -> None:
         config = configure(ExperimentsConfig, [str(ROOT / f"config/experiments_{name}.py")])
         check(config)
         assert plan(config).keys() == QUESTIONS.keys()
-        assert len(select(plan(config), plan_jobs(config, plan(config)), "")) == 54
+        questions = plan(config)
+        assert len(select(jobs_by_question(questions, plan_jobs(config, questions)), "")) == 54
 
 
 def test_sweep_has_every_training_run_of_the_t4() -> None:
-    """The keys and their kinds are those of W&B's own schema for a grid."""
+    """The keys are of those, and of the kinds, that W&B's schema has for a grid."""
     sweep = yaml.safe_load((ROOT / "config/sweep.yaml").read_text())
     assert sweep.keys() == {"program", "name", "method", "metric", "command", "parameters"}
     assert (ROOT / sweep["program"]).is_file()
@@ -141,7 +146,7 @@ def test_sweep_has_every_training_run_of_the_t4() -> None:
     config = configure(ExperimentsConfig, [str(ROOT / sweep["command"][3]), *sweep["command"][4:-1],
                                            f"{parameter}={','.join(grid['values'])}"])
     jobs = plan_jobs(config, plan(config))
-    chosen = select(plan(config), jobs, config.only)
+    chosen = select(jobs_by_question(plan(config), jobs), config.only)
     assert [job.name for job in chosen] == grid["values"]
     assert {job.name for job in chosen} == {
         job.name for row in jobs.values() for job in row if job.script == "train.py"}
@@ -176,17 +181,16 @@ def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def scores(out: Path) -> str:
-    """The report without what the clock and the folder's name decide."""
-    text = (out / "report" / "report.md").read_text().split("## What does it cost?")[0]
+    """The report without the folder's name and the questions asked for."""
+    text = (out / "report" / "report.md").read_text()
     return re.sub(r" only=\S+", "", text.replace(str(out), "OUT"))
 
 
 def test_report_has_the_questions_asked_and_no_other(undisturbed: Path) -> None:
     text = (undisturbed / "report" / "report.md").read_text()
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
-    # The runs of α are some of the other questions', which tell what they have.
-    assert "What does α do at r = 16?" in titles
-    assert "How many weights does LoRA train?" in titles
+    assert titles == ["How many weights does LoRA train?",
+                      "What does the model know before fine-tuning?", "What does α do at r = 16?"]
     assert (undisturbed / "report" / "alpha.png").stat().st_size > 10_000
     assert (undisturbed / "report" / "report.html").stat().st_size > 10_000
     results = list((undisturbed / "runs").glob("*/last/results.json"))
@@ -256,7 +260,7 @@ def test_dry_run_lists_the_runs_and_makes_none(
     main(replace(CONFIG, init_from=checkpoint, dataset=reviews, device="cpu", dtype="float32",
                  out_dir=str(tmp_path / "out"), only="alpha,zero_shot", dry_run=True))
     printed = capsys.readouterr().out
-    for job in select(QUESTIONS, JOBS, "alpha,zero_shot"):
+    for job in select(BY_QUESTION, "alpha,zero_shot"):
         assert re.search(rf"^ *{job.name} +to do +\d+\.\d ", printed, re.MULTILINE)
     assert re.search(r"^13 runs, about \d+ minutes to go$", printed, re.MULTILINE)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,8 @@ def notebook(reviews: str, tmp_path_factory: pytest.TempPathFactory) -> nbformat
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "assets", ROOT / "config"]:
         (folder / path.name).symlink_to(path)
     notebook = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
-    values = {"BASE": "gpt2-mini", "DATASET": reviews, "EXTRA": SHORT}
+    values = {"BASE": "gpt2-mini", "DATASET": reviews, "EXTRA": SHORT,
+              "REVIEW": """it's "fun" & costs $5"""}
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in values.items():
         parameters.source, found = re.subn(
@@ -56,10 +57,10 @@ def test_every_claim_has_its_number(notebook: nbformat.NotebookNode) -> None:
     trained = outputs(notebook, "config/lora_r128.py")
     assert "training 786,432 of 16,877,312 parameters (4.66%)" in trained
     table = re.compile(r"^ +best +\d.*\n +last +2 +\d.*", re.MULTILINE)
-    assert table.search(outputs(notebook, "{PROMPT}"))
+    assert table.search(outputs(notebook, "quote(PROMPT)"))
     again = outputs(notebook, "train.py init_from=resume")
     assert table.search(again)[0] == table.search(trained)[0]
-    assert "P(positive) = 0." in outputs(notebook, "{REVIEW}")
+    assert "P(positive) = 0." in outputs(notebook, "quote(REVIEW)")
 
 
 def test_tables_and_curves_stand_in_the_notebook(notebook: nbformat.NotebookNode) -> None:

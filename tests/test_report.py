@@ -18,10 +18,10 @@ from report import (
     difference,
     interval,
     load_run,
+    mean_and_deviation,
     plain,
     sections,
     shares,
-    spread,
     write_report,
 )
 from scores import wilson_interval
@@ -99,7 +99,7 @@ def test_accuracy_is_mean_deviation_and_interval_of_best_and_last(
     questions: dict[str, list[Row]]
 ) -> None:
     titles, lora, full = cells(accuracy_table(questions["curves"], questions["curves"][1]))
-    assert titles[-1] == "best, against full"
+    assert titles[-1] == "best, minus full (± half its 95 % interval)"
     assert lora[:6] == ["LoRA", "2", "0.500 ± 0.000", "0.700 ± 0.141",
                         "{:.3f} to {:.3f}".format(*wilson_interval(3.5, 5)), "30.0%"]
     assert lora[6:9] == ["0.000 ± 0.000", interval(0.0, 5), "100.0%"]
@@ -117,9 +117,9 @@ def test_difference_is_paired_by_review(tmp_path: Path) -> None:
     assert difference(theirs, theirs) == "+0.000 ± 0.000"
 
 
-def test_spread_of_one_seed_has_no_deviation() -> None:
-    assert spread([0.81234]) == "0.812"
-    assert spread([1.0, 3.0], digits=1) == "2.0 ± 1.4"
+def test_mean_of_one_seed_has_no_deviation() -> None:
+    assert mean_and_deviation([0.81234]) == "0.812"
+    assert mean_and_deviation([1.0, 3.0], digits=1) == "2.0 ± 1.4"
 
 
 def test_best_loss_is_the_lowest_after_the_start(tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_failed_and_missing_runs_stand_in_their_rows(tmp_path: Path) -> None:
     assert half[1] == "1 of 2: failed: a \\| b &lt;c&gt; d"
     assert half[3] == "1.000"
     assert none[1:3] == ["0 of 1: failed: a \\| b &lt;c&gt; d", ""]
-    assert later[1] == "0 of 1: not run yet"
+    assert later[1] == "0 of 1: to do"
     assert len(half) == len(none) == len(later)
 
 
 def test_every_question_has_its_section_and_costs_are_added(
     questions: dict[str, list[Row]], config: ReportConfig
 ) -> None:
-    found = sections(questions, config)
+    found = sections(questions, config, QUESTIONS)
     assert tuple(found) == (*QUESTIONS, "cost")
     drawn = {name for name, section in found.items() if section.figure}
     assert drawn == {"curves", "alpha", "prompts", "grid", "rates", "layers"}
@@ -155,13 +155,13 @@ def test_every_question_has_its_section_and_costs_are_added(
         assert any(line.startswith("python train.py ") for line in found[name].lines)
 
 
-def test_questions_that_nobody_tried_are_left_out(
+def test_questions_that_nobody_asked_are_told_when_their_runs_are_there(
     questions: dict[str, list[Row]], config: ReportConfig, tmp_path: Path
 ) -> None:
     questions |= {"alpha": [row("later", missing(tmp_path / "later"))],
                   "grid": [row("bad", missing(tmp_path / "bad"), errors={"bad": "x"})]}
-    found = sections(questions, config)
-    assert "alpha" not in found
+    found = sections(questions, config, asked=["grid"])
+    assert tuple(found) == (*(name for name in QUESTIONS if name != "alpha"), "cost")
     assert found["grid"].figure is None
     assert "failed: x" in "\n".join(found["grid"].lines)
 
@@ -180,11 +180,11 @@ def test_best_rate_is_named_and_so_is_the_edge(
     tried = [row(f"rate {rate}", make_run(tmp_path / f"rate{rate}", "10101", loss=loss),
                  learning_rate=rate) for rate, loss in ((1e-3, 0.5), (2e-3, 0.3), (4e-3, 0.4))]
     questions["rates"] = [*tried, questions["rates"][1]]
-    lines = sections(questions, config)["rates"].lines
+    lines = sections(questions, config, QUESTIONS)["rates"].lines
     text = "\n".join(lines)
     assert "LoRA r=16, α=64: lowest validation loss at a rate of 0.002.\n" in text
     assert "full fine-tuning: lowest validation loss at a rate of 0.001, at the edge" in text
-    assert cells(lines)[0][-1] == "best, against full"
+    assert cells(lines)[0][-1].startswith("best, minus full ")
 
 
 class Page(HTMLParser):
@@ -202,7 +202,7 @@ class Page(HTMLParser):
 def test_page_holds_its_pictures_and_runs_nothing(
     questions: dict[str, list[Row]], config: ReportConfig
 ) -> None:
-    path = write_report(questions, config, "python experiments.py prompt='<b>'")
+    path = write_report(questions, config, "python experiments.py prompt='<b>\n```'", QUESTIONS)
     pictures = {picture.stem for picture in path.parent.glob("*.png")}
     assert pictures == {"curves", "alpha", "prompts", "grid", "rates", "layers"}
     assert all(f"]({name}.png)" in path.read_text() for name in pictures)
@@ -218,10 +218,39 @@ def test_page_holds_its_pictures_and_runs_nothing(
 def test_report_says_what_it_was_made_with(
     questions: dict[str, list[Row]], config: ReportConfig
 ) -> None:
-    text = write_report(questions, config, "python experiments.py x=1").read_text()
+    text = write_report(questions, config, "python experiments.py x=1", QUESTIONS).read_text()
     for fact in ("`gpt2-mini`", "processor a chip", "commit abc", "python experiments.py x=1"):
         assert fact in text
 
 
+def test_template_of_many_lines_breaks_no_table(
+    questions: dict[str, list[Row]], config: ReportConfig
+) -> None:
+    text = "Review: {text}\n```\n| *Label*: $_$"
+    questions["prompts"] = [row._replace(label=text) for row in questions["prompts"]]
+    path = write_report(questions, config, "python experiments.py", QUESTIONS)
+    page = Page((path.parent / "report.html").read_text())
+    assert page.tags.count("table") == 9
+    assert page.tags.count("em") == 1  # our own, in the head
+
+
+def test_accuracies_of_zero_and_one_are_drawn() -> None:
+    for n in (4, 10, 500, 853, 1000):
+        for accuracy in (0.0, 1.0):
+            low, high = wilson_interval(accuracy * n, n)
+            assert low <= accuracy <= high
+
+
+def test_interrupted_run_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "trainer_state.pt").touch()
+    said = missing(tmp_path / "said")
+    said.folder.mkdir()
+    said.log.write_text("error: out of luck\n")
+    rows = [row("half", missing(tmp_path / "half")), row("said", said)]
+    _, half, told = cells(accuracy_table(rows, rows[0]))
+    assert (half[1], told[1]) == ("0 of 1: interrupted", "0 of 1: failed: out of luck")
+
+
 def test_any_text_fits_into_a_cell() -> None:
-    assert plain("a|b\n <i>") == "a\\|b &lt;i&gt;"
+    assert plain("a|b\n <i> *c* [d](e)") == "a\\|b &lt;i&gt; \\*c\\* \\[d](e)"
