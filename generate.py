@@ -3,6 +3,7 @@
 python generate.py init_from=gpt2-medium                          before any fine-tuning
 python generate.py init_from=resume out_dir=out checkpoint=best   after `train.py`
 python generate.py init_from=resume out_dir=out text="a gorgeous film"
+python generate.py init_from=resume out_dir=out export=merged
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from devices import (
     set_up_memory,
     start_processes,
 )
+from export import export_model
 from model import GPT, load_checkpoint
 from runlog import read_run
 from scores import Prediction, describe, summarize
@@ -60,6 +62,7 @@ class GenerateConfig(RunConfig):
     prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     text: Annotated[str, "label this text instead of scoring a split"] = ""
+    export: Annotated[str, "write the merged model to this new folder, for transformers"] = ""
     max_new_tokens: Annotated[int, "longest answer, in tokens", Bounds(1)] = 5
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
     top_k: Annotated[int, "sample among the k likeliest; 0 is all; 1 is greedy", Bounds(0)] = 0
@@ -226,26 +229,39 @@ def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) ->
     return resolve_dtype(run["dtype"] if own else name, device)
 
 
-@out_of_memory_told()
-def main(config: GenerateConfig) -> None:
-    set_up_memory()
-    torch.manual_seed(config.seed)
+def answer(config: GenerateConfig) -> None:
+    """Export, label one text, or score a split; what is written and printed is rank 0's."""
     model, dtype, settings, folder = load_subject(config)
+    if config.export:
+        if rank() == 0:
+            export_model(model, Path(config.export))
+            print(f"written: {config.export}")
+        return
     chosen = {name: value for name, value in
               (("dataset", config.dataset), ("prompt", config.prompt)) if value != "auto"}
     loader = make_loader(settings | chosen, model)
     sampler = ModelSampler(model, loader, dtype, config.batch_size, config.max_new_tokens,
                            config.temperature, config.top_k)
     if config.text:
-        label_text(sampler, config.text)
+        if rank() == 0:
+            label_text(sampler, config.text)
         return
     suffix = results_suffix(config, settings)
     results = score(sampler, loader.records(config.split), folder, suffix)
-    end_processes()
-    if rank() > 0:
-        return
-    print(f"{folder}, {loader.dataset} {config.split}: {describe(results)}")
-    print(f"written: {folder / f'results{suffix}.json'}")
+    if rank() == 0:
+        print(f"{folder}, {loader.dataset} {config.split}: {describe(results)}")
+        print(f"written: {folder / f'results{suffix}.json'}")
+
+
+@out_of_memory_told()
+def main(config: GenerateConfig) -> None:
+    set_up_memory()
+    torch.manual_seed(config.seed)
+    try:
+        # An export keeps every digit of the weights it was trained on.
+        answer(replace(config, dtype="float32") if config.export else config)
+    finally:
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -375,6 +377,8 @@ class HubHandler(BaseHTTPRequestHandler):
         path = self.server.folder / repository / file
         if repository == "dropped":
             return
+        if repository == "slow":
+            time.sleep(5)
         status = 401 if repository == "private" else 200 if path.is_file() else 404
         content = path.read_bytes() if status == 200 else b""
         self.send_response(status)
@@ -385,7 +389,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: 100 if repository == "cut" else None])
+            self.wfile.write(content[: 100 if repository in self.server.cut else None])
 
     def do_GET(self) -> None:
         self.do_HEAD()
@@ -399,10 +403,11 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.folder, self.requests = folder, []
+        self.folder, self.requests, self.cut = folder, [], {"cut", "half"}
         self.reference = make_reference(folder / "gpt2")
-        for name in ("weightless", "cut"):
+        for name in ("weightless", "cut", "slow"):
             write_json(folder / name / CONFIG, read_json(folder / "gpt2" / CONFIG))
+        shutil.copytree(folder / "gpt2", folder / "half")
 
     def ask(self, *names: str, port: int | None = None, offline: str = "0") -> dict[str, Any]:
         """Load `names` in a new process: the logits, or what went wrong, by name."""
@@ -410,6 +415,7 @@ class Hub(ThreadingHTTPServer):
             "HF_ENDPOINT": f"http://127.0.0.1:{port or self.server_port}", "NO_PROXY": "127.0.0.1",
             "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.folder / "home/hub"),
             "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         }
         loaded = subprocess.run(
             [sys.executable, "-c", LOADER, *names], env=os.environ | settings, cwd=ROOT,
@@ -428,7 +434,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def answers(hub: Hub) -> dict[str, Any]:
-    return hub.ask("gpt2", "weightless", "private", "dropped", "cut")
+    return hub.ask("gpt2", "weightless", "private", "dropped", "cut", "slow")
 
 
 def assert_one_line(answer: Any, name: str, file: str, reason: str) -> None:
@@ -443,12 +449,18 @@ def test_checkpoint_of_the_hub_loads(hub: Hub, answers: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "reason"),
     [("weightless", WEIGHTS, "404"), ("private", CONFIG, "401"), ("dropped", CONFIG, r"\w"),
-     ("cut", CONFIG, r"\w")],
+     ("cut", CONFIG, r"\w"), ("slow", CONFIG, "[Tt]imed? ?out")],
 )
 def test_refusal_of_the_hub_is_one_clear_line(
     answers: dict[str, Any], name: str, file: str, reason: str
 ) -> None:
     assert_one_line(answers[name], name, file, reason)
+
+
+def test_file_that_came_half_is_not_used_but_fetched_again(hub: Hub) -> None:
+    assert_one_line(hub.ask("half")["half"], "half", CONFIG, r"\w")
+    hub.cut.remove("half")
+    close(torch.tensor(hub.ask("half")["half"]), hub.reference(IDX).logits)
 
 
 def test_hub_out_of_reach_still_serves_the_cache(hub: Hub, answers: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,71 @@ def test_wandb_offline_leaves_a_run_folder(settings: list[str], tmp_path: Path) 
     assert re.search(r"^wandb: offline, in .*run/wandb", done.stdout, re.MULTILINE)
     (offline,) = (out_dir / "wandb").glob("offline-run-*")
     assert b"train_loss" in next(offline.glob("*.wandb")).read_bytes()
+
+
+@pytest.mark.parametrize("given", ["variable", "file"])
+def test_key_is_in_no_file_and_no_line(settings: list[str], tmp_path: Path, given: str) -> None:
+    key = "0123456789abcdef" * 2 + "deadbeef"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": "hf_" + key[:34]}
+    if given == "variable":
+        environment["WANDB_API_KEY"] = key
+    else:
+        (tmp_path / "wandb_api.json").write_text(json.dumps({"key": key}))
+    done = subprocess.run(
+        command("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=1"), cwd=tmp_path,
+        capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    for secret in (key, environment["HF_TOKEN"]):
+        assert secret not in done.stdout + done.stderr
+        assert not [path for path in written if secret.encode() in path.read_bytes()]
+
+
+def test_tracking_server_that_refuses_does_not_stop_the_run(
+    settings: list[str], tmp_path: Path
+) -> None:
+    with socket.socket() as closed:  # bound but not listening: every connection is refused
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        done = run("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=1",
+                   WANDB_MODE="online", WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40,
+                   WANDB_INIT_TIMEOUT="5")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^wandb: off, ", done.stdout, re.MULTILINE)
+    assert (tmp_path / "run" / "last" / "results.json").is_file()
+
+
+def test_second_interrupt_stops_at_once(settings: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=100000",
+                "batch_size=48", "gradient_accumulation_steps=400"), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step 0:"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # in the midst of the first step, which takes much longer
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "stopped at step" not in errors
+
+
+def test_termination_saves_first(settings: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=100000"), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step 2:"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped at step" in errors
+    assert (tmp_path / "run" / "trainer_state.pt").is_file()
 
 
 def test_wandb_that_fails_does_not_stop_the_run(settings: list[str], tmp_path: Path) -> None:

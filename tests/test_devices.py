@@ -1,5 +1,7 @@
 """Devices and precisions are real or refused; under torchrun the losses stay the same."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 
 import devices
 from devices import resolve_device, resolve_dtype
+from report import read_predictions
 from runlog import read_metrics
 from train import Run, TrainConfig, train
 
@@ -21,11 +24,7 @@ def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -
     config = replace(config, lora_dropout=0.0, max_iters=4, eval_interval=2)
     train(config)
     shared = replace(config, out_dir=str(tmp_path / "shared"))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "train.py", *(f"{name}={value}" for name, value in asdict(shared).items()),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(torchrun(shared), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters (") == 1  # only rank 0 speaks
     for mine, alone in zip(read_metrics(Path(shared.out_dir)),
@@ -33,7 +32,59 @@ def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -
         assert mine.keys() == alone.keys()
         for key in {"train_loss", "validation_loss"} & mine.keys():
             assert mine[key] == pytest.approx(alone[key], abs=1e-6)
-    assert (Path(shared.out_dir) / "last" / "results.json").is_file()
+    for name in ("best", "last"):  # each process scored its share of the reviews
+        mine, alone = (read_predictions(Path(run.out_dir, name, "predictions.jsonl"))
+                       for run in (shared, config))
+        assert [row["text"] for row in mine] == [row["text"] for row in alone]
+        assert [row["label"] for row in mine] == [row["label"] for row in alone]
+        for one, other in zip(mine, alone, strict=True):
+            assert one["label_logprobs"] == pytest.approx(other["label_logprobs"], abs=1e-4)
+
+
+def torchrun(config: TrainConfig, script: str = "train.py", **changes: object) -> list[str]:
+    settings = asdict(config) if script == "train.py" else {}
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            script, *(f"{name}={value}" for name, value in (settings | changes).items())]
+
+
+def test_process_that_dies_ends_the_job_with_a_line(config: TrainConfig) -> None:
+    job = subprocess.Popen(torchrun(replace(config, max_iters=100000)), cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not job.stdout.readline().startswith("step 3:"):
+        assert job.poll() is None
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ranks = {Path(f"/proc/{pid}/environ").read_text().split("RANK=")[1][0]: int(pid)
+             for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()}
+    os.kill(ranks["1"], signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "error: another process of this job has ended" in errors
+
+
+def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) -> None:
+    train(replace(config, max_iters=2))
+    results = Path(config.out_dir, "best", "results.json")
+    expected = json.loads(results.read_text())
+    results.unlink()
+    command = torchrun(config, "generate.py", init_from="resume", out_dir=config.out_dir)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == 1  # only rank 0 writes
+    found = json.loads(results.read_text())
+    assert found["n"] == expected["n"]
+    assert found["confusion"] == expected["confusion"]
+
+
+def test_shares_are_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, shares = list(range(7)), []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        shares.append(list(devices.own_share(items)))
+    monkeypatch.setattr(devices.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(devices.dist, "all_gather_object",
+                        lambda into, share: into.__setitem__(slice(None), shares))
+    assert devices.gather_shares(shares[0]) == items
 
 
 def test_processes_that_cannot_share_the_window_are_refused(

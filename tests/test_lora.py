@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import loralib
 import pytest
 import torch
 import torch.nn.functional as F
@@ -438,3 +439,18 @@ def test_shared_adapter_equals_peft_in_logits_and_every_gradient(tmp_path: Path)
     assert_close(gradients, {name: p.grad for name, p in their.items()}, rtol=1e-5, atol=1e-5)
     assert all(gradient.abs().max() > 1e-4 for gradient in gradients.values())
     assert_close(ours.eval()(idx)[0], theirs.eval()(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_state_of_loralib_loads_by_name() -> None:
+    theirs = loralib.MergedLinear(
+        8, 24, r=4, lora_alpha=12, enable_lora=[True] * 3, merge_weights=False)
+    torch.nn.init.normal_(theirs.lora_B)
+    ours = LoRALinear(8, 24, lora_rank=4, lora_alpha=12.0, lora_groups=3)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.eval()(x), theirs(x), rtol=1e-5, atol=1e-6)
+    back = loralib.MergedLinear(
+        8, 24, r=4, lora_alpha=12, enable_lora=[True] * 3, merge_weights=False)
+    back.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=0)

@@ -1,11 +1,15 @@
 """What a run writes about itself, and how tracking stays optional."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import runlog
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_changed_settings_names_both_values_and_skips_what_only_reports() -> None:
@@ -117,3 +121,40 @@ def test_unusable_key_file_turns_tracking_off_with_a_line(
     settings = {"wandb_mode": "auto", "wandb_project": "p", "out_dir": str(tmp_path)}
     assert runlog.start_wandb(settings) is None
     assert capsys.readouterr().out.startswith("wandb: off, ")
+
+
+def test_folder_in_use_is_refused_until_the_run_ends(tmp_path: Path) -> None:
+    lock = runlog.lock_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"out_dir='.*' is in use by another run"):
+        runlog.lock_folder(tmp_path)
+    lock.release()
+    runlog.lock_folder(tmp_path).release()
+
+
+def test_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
+    code = "import os, sys, runlog; runlog.lock_folder(runlog.Path(sys.argv[1])); os._exit(9)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == 9
+    runlog.lock_folder(tmp_path).release()
+
+
+def test_halves_of_files_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    halves = [tmp_path / ".trainer_state.12.pt", tmp_path / "best" / ".model.345.safetensors"]
+    others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / "best" / "model.safetensors"]
+    for path in halves + others:
+        path.touch()
+    runlog.lock_folder(tmp_path).release()
+    assert not any(path.exists() for path in halves)
+    assert all(path.exists() for path in others)
+
+
+def test_folder_that_cannot_be_locked_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(runlog.FileLock, "acquire", unsupported)
+    runlog.lock_folder(tmp_path)
+    assert "cannot be locked here" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import pickle
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -226,6 +229,64 @@ def test_damaged_trainer_state_is_refused(config: TrainConfig) -> None:
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"trainer_state.pt is damaged"):
         Run(config, resume=True)
+
+
+def test_state_of_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    other = replace(config, seed=7, max_iters=1, out_dir=str(tmp_path / "other"))
+    for run in (replace(config, max_iters=1), other):
+        train(run)
+    shutil.copy(tmp_path / "other" / "trainer_state.pt", config.out_dir)
+    with pytest.raises(ValueError, match=r"trainer_state.pt is another run's: seed=7, now 1337"):
+        Run(config, resume=True)
+
+
+class Payload:
+    """What unpickling would turn into a new folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_state_is_refused_and_not_run(config: TrainConfig, tmp_path: Path) -> None:
+    train(replace(config, max_iters=1))
+    state, proof = Path(config.out_dir, "trainer_state.pt"), tmp_path / "executed"
+    good = torch.load(state, weights_only=True)
+    for evil in (Payload(proof), good | {"rng": Payload(proof)}):
+        torch.save(evil, state)
+        with pytest.raises(ValueError, match=r"trainer_state.pt is damaged or not a trainer's"):
+            Run(config, resume=True)
+    state.write_bytes(pickle.dumps(Payload(proof)))
+    with pytest.raises(ValueError, match=r"trainer_state.pt is damaged or not a trainer's"):
+        Run(config, resume=True)
+    assert not proof.exists()
+
+
+def test_state_that_lacks_a_part_is_refused_by_name(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    state = Path(config.out_dir, "trainer_state.pt")
+    torch.save({"iteration": 1, "weights": {}}, state)
+    with pytest.raises(ValueError, match=r"it lacks checkpoints, cuda_rng, evaluated, optimizer"):
+        Run(config, resume=True)
+
+
+def test_two_runs_do_not_write_to_one_folder(config: TrainConfig) -> None:
+    first = Run(config)
+    with pytest.raises(ValueError, match="is in use by another run"):
+        train(replace(config, overwrite=True))
+    first.close()
+    train(replace(config, max_iters=1))
+
+
+def test_run_killed_before_its_first_state_was_whole_starts_again(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    expected = metrics(config)
+    Path(config.out_dir, "trainer_state.pt").unlink()  # the last of the files to be written
+    Path(config.out_dir, "last", "results.json").unlink()
+    train(replace(config, max_iters=1))
+    assert metrics(config) == expected
 
 
 def test_folder_of_another_run_is_refused_unless_overwritten(config: TrainConfig) -> None:
