@@ -163,11 +163,16 @@ def end_processes() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Turn what torch raises where another process of the job is gone into a ConnectionError."""
+    """End with a line where another process of the job is gone.
+
+    It is said here and now: torchrun kills those that are left a moment later.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"another process of this job has ended: {error}") from None
+        reason = " ".join(str(error).split())
+        print("error: another process of this job has ended:", reason, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:

@@ -96,7 +96,7 @@ BAD_TRAINING = [
     (["lora_targets=c_atn"], "lora_targets: unknown c_atn; allowed are c_attn"),
     (["block_size=9999"], "block_size=9999, but the model has 256"),
     (["block_size=20"], "block_size=20 is too small for an instruction"),
-    (["lr=1e30", "grad_clip=0"], "step 1: the loss is nan"),
+    (["lr=1e30", "grad_clip=0"], "step 1: the loss of batch 1 of 2 is nan"),
     (["init_from=resume", "out_dir=nowhere"], "out_dir='nowhere' holds no run"),
 ]
 
@@ -215,6 +215,7 @@ def test_key_is_in_no_file_and_no_line(settings: list[str], tmp_path: Path, give
         assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.faults  # wandb asks for half a minute
 def test_tracking_server_that_refuses_does_not_stop_the_run(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -222,8 +223,7 @@ def test_tracking_server_that_refuses_does_not_stop_the_run(
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         done = run("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=1",
-                   WANDB_MODE="online", WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40,
-                   WANDB_INIT_TIMEOUT="5")
+                   WANDB_MODE="online", WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^wandb: off, ", done.stdout, re.MULTILINE)
     assert (tmp_path / "run" / "last" / "results.json").is_file()
