@@ -196,9 +196,12 @@ def list_jobs(
 def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate,
             errors: dict[str, str]) -> None:
     """Run what is not finished yet; `errors` gets what went wrong, by the job's name."""
+    for job in chosen:
+        job.tidy()  # after a stop between its last result and its end
     todo = [job for job in chosen if not job.finished]
     expected = {job.name: estimate.seconds(job) for job in todo}
     total, done, started = sum(expected.values()), 0.0, time.monotonic()
+    trust = 3 * total / max(1, len(todo))  # the estimate weighs as much as three measured runs
     bar = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="run",
                bar_format="{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
     bar.set_postfix_str(f"about {total / config.jobs / 60:.0f} min left")
@@ -208,7 +211,8 @@ def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate
             if error:
                 errors[job.name] = error
             done += expected[job.name]
-            left = (total - done) * (time.monotonic() - started) / done
+            pace = (config.jobs * (time.monotonic() - started) + trust) / (done + trust)
+            left = (total - done) * pace / config.jobs
             bar.set_postfix_str(f"about {left / 60:.0f} min left", refresh=False)
             bar.update()
 

@@ -59,6 +59,11 @@ class Job(NamedTuple):
         lines = [line for line in said.splitlines() if line.startswith("error: ")]
         return lines[-1].removeprefix("error: ") if lines else ""
 
+    def tidy(self) -> None:
+        """Delete what it takes to go on with a run, its largest file, once it is finished."""
+        if self.finished:
+            (self.folder / STATE).unlink(missing_ok=True)
+
     def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
         """Start it, or go on with it, in a session of its own: Ctrl-C is the parent's to hear."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
     """Run `jobs`, so many at once; yield each as it ends, with what went wrong or "".
 
     Whoever closes the generator, or presses Ctrl-C, stops those that run; they save themselves
-    first. What it takes to go on with a finished run is deleted: it is its largest file.
+    first.
     """
     waiting, running = iter(jobs), {}
     try:
@@ -98,7 +103,7 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
             job, process = running.pop(slot)
             error = job.failure(process.returncode)
             if not error:
-                (job.folder / STATE).unlink(missing_ok=True)
+                job.tidy()
             yield job, error
     finally:
         if running:

@@ -81,6 +81,16 @@ def test_state_is_deleted_when_a_job_is_finished_and_kept_when_it_failed(script:
     assert [(each.folder / STATE).exists() for each in jobs] == [False, True]
 
 
+def test_state_of_a_job_that_was_stopped_after_its_last_result_is_deleted(script: str) -> None:
+    done, half = job(script, "done"), job(script, "half")
+    outcomes([done])
+    for each in (done, half):
+        each.folder.mkdir(exist_ok=True)
+        (each.folder / STATE).touch()
+        each.tidy()
+    assert [(each.folder / STATE).exists() for each in (done, half)] == [False, True]
+
+
 def test_interrupted_job_goes_on_and_a_fresh_one_gets_its_settings(script: str) -> None:
     fresh, stopped = job(script, "fresh", lr=0.1), job(script, "stopped", lr=0.1)
     stopped.folder.mkdir()
