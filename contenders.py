@@ -21,7 +21,8 @@ from generate import ModelSampler, make_loader
 from lora import LoRALinear, lora_layers
 from model import IGNORE, build_model
 from optimizer import configure_optimizer
-from train import TrainConfig, train_step
+from step import train_step
+from train import TrainConfig
 
 NEW_TOKENS = 5  # that every contender generates for an answer
 
