@@ -69,7 +69,7 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.set(xlabel="test accuracy, best checkpoint")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

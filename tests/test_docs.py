@@ -18,6 +18,7 @@ from train import TrainConfig
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 MODEL_CARD = (ROOT / "assets" / "gpt2-mini" / "README.md").read_text("utf-8")
+READING = (ROOT / "docs" / "report-mini" / "README.md").read_text("utf-8")
 NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig",
            "pretrain.py": "PretrainConfig", "bench.py": "BenchConfig",
@@ -41,7 +42,7 @@ def notebook_lines() -> list[str]:
             for line in lines]
 
 
-@pytest.mark.parametrize("line", script_lines(README + MODEL_CARD) + notebook_lines())
+@pytest.mark.parametrize("line", script_lines(README + MODEL_CARD + READING) + notebook_lines())
 def test_every_documented_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
@@ -94,6 +95,13 @@ def test_readme_is_short_and_starts_with_the_two_commands() -> None:
     first, second = re.findall(r"^```\n(.*)\n```$", README, re.MULTILINE)[:2]
     assert first == "pip install -r requirements.txt && python train.py config/quickstart.py"
     assert second == "pip install -r requirements-dev.txt && pytest"
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [path for folder in ("docs", "assets") for path in (ROOT / folder).rglob("*.md")]
+    for page in [ROOT / "README.md", *pages]:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_file_map_names_every_module_and_no_other() -> None:
