@@ -79,6 +79,7 @@ class Run:
             tokenize(documents(held_out, 1, config.seed)), config.block_size, config.seed)
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
+        self.lock = runlog.lock_folder(self.folder)
         if not resume:
             runlog.start_folder(asdict(config), **devices.describe(self.device),
                                 dtype=str(self.dtype).removeprefix("torch."))
@@ -168,11 +169,9 @@ def fit(run: Run) -> None:
         raise KeyboardInterrupt
 
 
-@devices.out_of_memory_told()
-def main(config: PretrainConfig) -> dict[str, float]:
-    """Run `config` to its end; return the scores of the model as it is saved, in float16."""
-    devices.set_up_memory()
-    run = Run(config)
+def pretrain(run: Run) -> dict[str, float]:
+    """Take a run to its end; return the scores of the model as it is saved, in float16."""
+    config = run.config
     size = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"{size:,} weights on {run.device}, {run.dtype}; {len(run.rows.tokens):,} tokens to "
           f"train on, {len(run.validation.tokens):,} to validate on")
@@ -185,6 +184,16 @@ def main(config: PretrainConfig) -> dict[str, float]:
                scores | {"tokens_seen": tokens, "seconds": run.seconds})
     run.metrics.close()
     return scores
+
+
+@devices.out_of_memory_told()
+def main(config: PretrainConfig) -> dict[str, float]:
+    devices.set_up_memory()
+    run = Run(config)
+    try:
+        return pretrain(run)
+    finally:
+        run.lock.release()
 
 
 if __name__ == "__main__":

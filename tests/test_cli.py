@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,6 +183,30 @@ def test_interrupt_saves_and_the_resumed_run_ends_like_any_other(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     trained = [row["iteration"] for row in map(json.loads, lines) if "train_loss" in row]
     assert trained == list(range(steps))
+
+
+def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    settings: list[str], finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    state = (folder / "trainer_state.pt").read_bytes()
+    resume = ("init_from=resume", f"out_dir={folder}", "max_iters=6")
+    limit = len(state) - 1  # bytes that a file may have: enough for all but the state
+    full = subprocess.run(
+        command("train.py", *resume), cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 2
+    (line,) = (line for line in full.stderr.splitlines() if line.startswith("error:"))
+    assert re.match(r"error: cannot write .*trainer_state\.pt: .", line)
+    assert "Traceback" not in full.stderr
+    assert (folder / "trainer_state.pt").read_bytes() == state
+    whole = run("train.py", *settings, f"out_dir={tmp_path / 'whole'}", "max_iters=6")
+    again = run("train.py", *resume)
+    assert (whole.returncode, again.returncode) == (0, 0), again.stderr
+    one, other = (path / "last" / "adapter_model.safetensors"
+                  for path in (folder, tmp_path / "whole"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_wandb_offline_leaves_a_run_folder(settings: list[str], tmp_path: Path) -> None:

@@ -122,5 +122,13 @@ def test_notebook_is_clean_and_leaves_torch_alone() -> None:
     assert re.search(r"^torch>=2\.6,<2\.14 ", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 
 
+def test_nothing_that_was_saved_is_unpickled_or_executed() -> None:
+    calls = [call for path in ROOT.glob("*.py")
+             for call in re.findall(r"torch\.load\(.*|\bexec\(.*|\beval\([^)].*|pickle\.loads?\(.*",
+                                    path.read_text("utf-8"))]
+    assert calls
+    assert all("weights_only=True" in call for call in calls)
+
+
 def test_key_file_is_ignored_by_git() -> None:
     assert "wandb_api.json" in (ROOT / ".gitignore").read_text().splitlines()
