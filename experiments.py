@@ -49,6 +49,7 @@ class ExperimentsConfig(TrainConfig):
     full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4
     full_dropout: Annotated[float, "dropout of full fine-tuning", Bounds(0, 1)] = 0.05
     jobs: Annotated[int, "runs at a time; they share processors and GPUs", Bounds(1)] = 1
+    processes: Annotated[int, "of torchrun in each training run", Bounds(1)] = 1
     dry_run: Annotated[bool, "list the runs and how long they may take"] = False
 
 
@@ -123,8 +124,9 @@ def plan_jobs(
 def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {**variant.changes, "seed": seed, "overwrite": True}
-    return make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
-                    config.out_dir, "last/results.json")
+    job = make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
+                   config.out_dir, "last/results.json")
+    return job._replace(processes=config.processes)
 
 
 def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
@@ -170,11 +172,22 @@ def check(config: ExperimentsConfig) -> None:
     for name in ("max_iters", "learning_rate", "full_learning_rate"):
         if not getattr(config, name):
             raise ValueError(f"{name}=0 trains nothing")
+    if config.init_from == "resume":
+        raise ValueError("init_from=resume: the same command as before goes on by itself")
+    check_sharing(config)
+
+
+def check_sharing(config: ExperimentsConfig) -> None:
+    """Raise ValueError where jobs and processes cannot share the machine or a run."""
     if config.jobs > 1 and ":" in config.device:
         raise ValueError(f"device={config.device!r} is one GPU, but jobs={config.jobs} take turns "
                          "on all that CUDA_VISIBLE_DEVICES names")
-    if config.init_from == "resume":
-        raise ValueError("init_from=resume: the same command as before goes on by itself")
+    if config.processes > 1 and config.jobs > 1:
+        raise ValueError(f"processes={config.processes} share a run, jobs={config.jobs} the "
+                         "machine: one of them must be 1")
+    if config.gradient_accumulation_steps % config.processes:
+        raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} must "
+                         f"be a multiple of processes={config.processes}")
 
 
 def list_jobs(

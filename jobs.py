@@ -17,13 +17,17 @@ STATE = "trainer_state.pt"
 
 
 class Job(NamedTuple):
-    """A script with its settings; `result` is the file (a pattern) that it writes last."""
+    """A script with its settings; `result` is the file (a pattern) that it writes last.
+
+    With several `processes` torchrun starts it.
+    """
 
     name: str
     script: str
     settings: Mapping[str, Any]
     folder: Path
     result: str
+    processes: int = 1
 
     @property
     def finished(self) -> bool:
@@ -40,7 +44,12 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", *self.arguments])
+        launcher = ["python"] if self.processes == 1 else ["torchrun", *self.torchrun]
+        return shlex.join([*launcher, *self.arguments])
+
+    @property
+    def torchrun(self) -> list[str]:
+        return ["--standalone", f"--nproc_per_node={self.processes}"]
 
     @property
     def log(self) -> Path:
@@ -69,10 +78,11 @@ class Job(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
         arguments = resume if self.interrupted else self.arguments
+        module = [] if self.processes == 1 else ["-m", "torch.distributed.run", *self.torchrun]
         with open(self.log, "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, str(ROOT / arguments[0]), *arguments[1:]], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+                [sys.executable, *module, str(ROOT / arguments[0]), *arguments[1:]], stdout=log,
+                stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
                 start_new_session=True,
             )
 

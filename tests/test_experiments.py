@@ -26,6 +26,7 @@ from experiments import (
     select,
 )
 from generate import GenerateConfig
+from runlog import read_metrics
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +117,8 @@ def test_only_takes_questions_and_runs_once_each() -> None:
     {"lora_rank": 8}, {"lora_alpha": 1.0}, {"lora_qkv": "shared"}, {"eval_only": True},
     {"lora_targets": "mlp.c_fc"}, {"overwrite": True}, {"init_from": "resume"}, {"prompt": "x"},
     {"max_iters": 0}, {"learning_rate": 0.0}, {"full_learning_rate": 0.0},
-    {"device": "cuda:1", "jobs": 2},
+    {"device": "cuda:1", "jobs": 2}, {"processes": 2, "jobs": 2},
+    {"gradient_accumulation_steps": 3, "processes": 2},
 ])
 def test_settings_that_would_do_nothing_are_refused(setting: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -252,6 +254,32 @@ def test_failed_run_stands_in_the_report_and_stops_no_other(
     text = (tmp_path / "report" / "report.md").read_text()
     assert re.search(r"\| full fine-tuning \| 0 of 1: failed: out_dir=", text)
     assert re.search(r"\| LoRA r=16, α=256 \| 1 \| \d", text)
+
+
+def test_runs_of_two_processes_are_torchruns(
+    settings: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same run, by the same name: its losses are those of one process, up to rounding."""
+    name = "r16_alpha256-seed1337"
+    done = start(settings, tmp_path, f"only={name}", "jobs=1", "processes=2", "lora_dropout=0")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/trainer_state.pt")):
+        assert done.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    done.send_signal(signal.SIGINT)
+    assert finish(done)[0] == 130
+    done = start(settings, tmp_path, f"only={name}", "jobs=1", "processes=2", "lora_dropout=0")
+    assert finish(done)[0] == 0
+    alone = start(settings, tmp_path / "alone", f"only={name}", "jobs=1", "lora_dropout=0")
+    assert finish(alone)[0] == 0
+    (mine,) = (tmp_path / "runs").glob(f"{name}-*")
+    (theirs,) = (tmp_path / "alone" / "runs").glob(f"{name}-*")
+    assert mine.name == theirs.name
+    assert json.loads((mine / "config.json").read_text())["processes"] == 2
+    losses = [[line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
+              for run in (mine, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_dry_run_lists_the_runs_and_makes_none(

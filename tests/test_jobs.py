@@ -138,6 +138,14 @@ def test_command_is_one_that_a_shell_takes(script: str) -> None:
     assert each.command == "python train.py 'prompt=Is {text} good?' 'out_dir=out/a b'"
 
 
+def test_job_of_two_processes_is_torchruns(script: str) -> None:
+    each = job(script, "pair")._replace(processes=2)
+    assert each.command.startswith("torchrun --standalone --nproc_per_node=2 /")
+    each.folder.mkdir()
+    assert each.start({}).wait() == 0
+    assert each.finished
+
+
 def test_threads_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
