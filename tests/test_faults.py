@@ -92,7 +92,10 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 def assert_whole(folder: Path, seen: set[str]) -> None:
-    """Every file is one that can be read, and none that was there is gone."""
+    """Every file is one that can be read, and none that was there is gone.
+
+    Before its first state is whole, a run starts again and makes its checkpoints anew.
+    """
     readers = {".json": read_json, ".safetensors": read_tensors, ".pt": read_state}
     there = set()
     for path in folder.rglob("[!.]*.*"):  # a hidden file is half of one, for the next run to remove
@@ -100,6 +103,8 @@ def assert_whole(folder: Path, seen: set[str]) -> None:
             assert readers[path.suffix](path)
             there.add(str(path.relative_to(folder)))
     there = {name for name in there if not name.endswith("results.json")}
+    if not (folder / "trainer_state.pt").exists():
+        seen.clear()
     assert seen <= there, "a checkpoint was lost"
     seen |= there
 
