@@ -96,7 +96,8 @@ def test_own_prompt_is_the_first_of_the_prompts() -> None:
     config = replace(CONFIG, prompt="Good or bad? {text}")
     questions = plan(config)
     assert [variant.label for variant in questions["prompts"]] == [
-        "Good or bad? {text}", "default", "terse", "detailed", "question"]
+        f"prompt: {name}" for name in (
+            "Good or bad? {text}", "default", "terse", "detailed", "question")]
     assert len(questions["zero_shot"]) == 5
     every = [job for row in plan_jobs(config, questions).values() for job in row]
     assert len({job.folder for job in every}) == len(every)
@@ -250,7 +251,7 @@ def test_failed_run_stands_in_the_report_and_stops_no_other(
     assert code == 2
     assert said.splitlines()[-1].startswith("error: 1 of 3 runs failed, as full-seed1337: out_dir=")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert re.search(r"\| full fine-tuning \| 0 of 1: failed: out_dir=", text)
+    assert re.search(r"\| full fine-tuning \| 0 of 1: failed: out\\_dir=", text)
     assert re.search(r"\| LoRA r=16, α=256 \| 1 \| \d", text)
 
 
@@ -261,6 +262,6 @@ def test_dry_run_lists_the_runs_and_makes_none(
                  out_dir=str(tmp_path / "out"), only="alpha,zero_shot", dry_run=True))
     printed = capsys.readouterr().out
     for job in select(BY_QUESTION, "alpha,zero_shot"):
-        assert re.search(rf"^ *{job.name} +to do +\d+\.\d ", printed, re.MULTILINE)
+        assert re.search(rf"^ *{job.name} +\d+\.\d +to do ", printed, re.MULTILINE)
     assert re.search(r"^13 runs, about \d+ minutes to go$", printed, re.MULTILINE)
     assert not (tmp_path / "out").exists()
