@@ -5,7 +5,6 @@ Weights travel as safetensors, which hold no code. Every file appears whole or n
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +67,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder` and one level below."""
     for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
-        if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
+        if re.fullmatch(r"\..+\.\d+\.(json|jsonl|pt|png|safetensors)", path.name):
             path.unlink()
 
 
@@ -134,7 +133,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file of any bytes makes torch raise nearly anything
         raise ValueError(f"{path} is damaged or not a trainer's state: {error}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a trainer's state")

@@ -28,7 +28,7 @@ from estimate import Estimate
 from generate import GenerateConfig, slug
 from jobs import Job, run_jobs
 from report import Row, write_report
-from runlog import FREE_SETTINGS
+from runlog import FINISHED, FREE_SETTINGS
 from scores import table
 from train import TrainConfig, WandbMode
 
@@ -125,8 +125,8 @@ def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {**variant.changes, "seed": seed, "overwrite": True}
     job = make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
-                   config.out_dir, "last/results.json")
-    return job._replace(processes=config.processes)
+                   config.out_dir, "metrics.jsonl")
+    return job._replace(mark=FINISHED, processes=config.processes)
 
 
 def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:

@@ -28,6 +28,7 @@ from devices import (
     device_name,
     end_processes,
     gather_shares,
+    of_rank_zero,
     out_of_memory_told,
     own_share,
     rank,
@@ -93,6 +94,8 @@ class ModelSampler:
 
     def predict_labels(self, dataset: Sequence[Record], progress: str = "") -> list[Prediction]:
         """Return a prediction for each record, in the order of `dataset`."""
+        if not dataset:  # fewer records than processes
+            return []
         room = max(ANSWER_ROOM, self.max_new_tokens)
         prompts = [self.loader.encode_prompt(record, room) for record in dataset]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -216,9 +219,10 @@ def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, An
     if config.init_from != "resume":
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
-        return model, resolve_dtype(config.dtype, device), dict(UNTRAINED), folder
+        dtype = of_rank_zero(resolve_dtype(config.dtype, device))
+        return model, dtype, dict(UNTRAINED), folder
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
-    dtype = run_dtype(run, config.dtype, device)
+    dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run["settings"] | {"dtype": run["dtype"]}  # what auto came to
     return load_checkpoint(folder, settings, device, dtype), dtype, settings, folder
 

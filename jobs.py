@@ -17,9 +17,10 @@ STATE = "trainer_state.pt"
 
 
 class Job(NamedTuple):
-    """A script with its settings; `result` is the file (a pattern) that it writes last.
+    """A script with its settings.
 
-    With several `processes` torchrun starts it.
+    It is finished when the file `result` (a pattern) holds the text `mark`. With several
+    `processes` torchrun starts it.
     """
 
     name: str
@@ -27,11 +28,12 @@ class Job(NamedTuple):
     settings: Mapping[str, Any]
     folder: Path
     result: str
+    mark: str = ""
     processes: int = 1
 
     @property
     def finished(self) -> bool:
-        return any(self.folder.glob(self.result))
+        return any(self.mark in path.read_text("utf-8") for path in self.folder.glob(self.result))
 
     @property
     def interrupted(self) -> bool:
@@ -65,7 +67,8 @@ class Job(NamedTuple):
     @property
     def last_words(self) -> str:
         said = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        lines = [line for line in said.splitlines() if line.startswith("error: ")
+                 and "another process of this job" not in line]  # that one said why
         return lines[-1].removeprefix("error: ") if lines else ""
 
     def tidy(self) -> None:

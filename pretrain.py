@@ -70,6 +70,7 @@ class Run:
         self.optimizer = configure_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.iteration, self.seconds = 0, 0.0
+        self.lock = runlog.lock_folder(self.folder)
         if resume:
             self.load_state()
         text, held_out = read_reviews(config.data)
@@ -79,7 +80,6 @@ class Run:
             tokenize(documents(held_out, 1, config.seed)), config.block_size, config.seed)
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
-        self.lock = runlog.lock_folder(self.folder)
         if not resume:
             runlog.start_folder(asdict(config), **devices.describe(self.device),
                                 dtype=str(self.dtype).removeprefix("torch."))

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from checkpoint import atomic_write, read_json, remove_leftovers, write_json
 
+FINISHED = "test_accuracy_last"  # the metric that a run logs last
 KEY_FILE = Path("wandb_api.json")
 # They change what a run reports, not what it computes.
 FREE_SETTINGS = {
@@ -70,7 +71,7 @@ def refuse_loss(settings: Mapping[str, Any]) -> None:
     changed = changed_settings(read_run(str(folder))["settings"], settings)
     if changed:
         held = f"a run of other settings ({changed}); choose another out_dir"
-    elif "trainer_state.pt" in saved and not (folder / "last" / "results.json").is_file():
+    elif "trainer_state.pt" in saved and not is_finished(folder):
         held = "an unfinished run; go on with init_from=resume"
     else:
         return
@@ -86,21 +87,21 @@ def lock_folder(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
+        remove_leftovers(folder)
     except Timeout:
         raise ValueError(f"out_dir={str(folder)!r} is in use by another run") from None
     except NotImplementedError:  # as on some network drives
         print(f"{folder} cannot be locked here: let no other run write to it", file=sys.stderr)
-    remove_leftovers(folder)
     return lock
 
 
 def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
     """Remove what an earlier run left in `out_dir`, and write down how this one is made."""
     folder = Path(settings["out_dir"])
+    for name in ("trainer_state.pt", "metrics.jsonl", "loss.png"):  # the state first: without
+        (folder / name).unlink(missing_ok=True)                     # it nothing goes on from here
     for name in ("best", "last"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "trainer_state.pt", "loss.png"):
-        (folder / name).unlink(missing_ok=True)
     write_json(folder / "config.json", {"settings": settings, **facts, "commit": git_commit()})
 
 
@@ -129,7 +130,10 @@ class MetricsLog:
 
     def close(self) -> None:
         if self.enabled:
-            plot_losses(self.folder)
+            try:
+                plot_losses(self.folder)
+            except OSError as error:  # a full disk; whatever ended the run is told besides
+                print(error, file=sys.stderr)
         self._track(lambda: self.wandb.finish())
 
     def _track(self, call: Callable[[], object]) -> None:
@@ -147,6 +151,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a run has scored its last checkpoint, the last thing that it does."""
+    return any(FINISHED in line for line in read_metrics(folder))
 
 
 def training_seconds(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> float:

@@ -67,6 +67,7 @@ class TrainConfig(OptimizerConfig, RunConfig):
 
 # More iterations are welcome in a resumed run: the decay, if any, keeps the steps it was made for.
 LONGER = ("max_iters", "eval_only")
+MAY_DIFFER = {*LONGER, "lr_decay_iters", "device", "dtype"}  # what resuming settles before
 STATE_FIELDS = {"settings", "iteration", "evaluated", "checkpoints", "weights", "optimizer",
                 "scaler", "rng", "cuda_rng"}
 
@@ -107,24 +108,34 @@ class Run:
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
         self.lock = runlog.lock_folder(self.folder) if rank() == 0 else None
         if resume:
-            self.load_state()
+            self.load_state(saved.get("processes", 1))
         elif rank() == 0:
-            runlog.refuse_loss(settings)  # once more, now that nobody else writes there
-            runlog.start_folder(
-                settings, **devices.describe(self.device), processes=world_size(),
-                dtype=str(self.dtype).removeprefix("torch."),
-                parameters=count_parameters(self.model)._asdict(),
-                validation_reviews=len(self.validation),
-            )
+            self.start_folder(settings)
         self.metrics = runlog.MetricsLog(settings, enabled=rank() == 0)
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
 
+    def seed_step(self) -> None:
+        """Let the dice of other ranks follow from the step: rank 0's alone are saved."""
+        if rank() > 0:
+            torch.manual_seed(self.config.seed + rank() + world_size() * self.iteration)
+
+    def start_folder(self, settings: dict[str, Any]) -> None:
+        runlog.refuse_loss(settings)  # once more, now that nobody else writes there
+        runlog.start_folder(
+            settings, **devices.describe(self.device), processes=world_size(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            parameters=count_parameters(self.model)._asdict(),
+            validation_reviews=len(self.validation),
+        )
+
     def close(self) -> None:
-        self.metrics.close()
-        if self.lock:
-            self.lock.release()
+        try:
+            self.metrics.close()
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def evaluate(self) -> None:
         """Validate, log, and save what has earned it."""
@@ -179,25 +190,37 @@ class Run:
         }
         write_state(self.folder / "trainer_state.pt", state)
 
-    def load_state(self) -> None:
-        """Go on where `save_state` was; later lines of `metrics.jsonl` are dropped."""
+    def load_state(self, processes: int) -> None:
+        """Go on where `save_state` was; later lines of `metrics.jsonl` are dropped.
+
+        `processes` is how many the run had. Raises ValueError if the state is damaged or another
+        run's, or if there are more processes now, or fewer: their dice would fall otherwise.
+        """
+        if processes != world_size():
+            raise ValueError(f"a resumed run keeps its processes: {processes}, now {world_size()}")
         path = self.folder / "trainer_state.pt"
         state = read_state(path)
         if missing := STATE_FIELDS - state.keys():
             raise ValueError(f"{path} is damaged or of another version: it lacks "
                              f"{', '.join(sorted(missing))}")
-        mine = {name: getattr(self.config, name) for name in runlog.NEEDED_SETTINGS}
-        if changed := runlog.changed_settings(state["settings"], mine):
+        mine = asdict(self.config)
+        same = {name: mine[name] for name in mine.keys() - MAY_DIFFER}
+        if changed := runlog.changed_settings(state["settings"], same):
             raise ValueError(f"{path} is another run's: {changed}")
-        check_state(self.trained_weights(), state.get("weights", {}), str(path))
+        check_state(self.trained_weights(), state["weights"], str(path))
+        try:
+            self.restore(state)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+    def restore(self, state: dict[str, Any]) -> None:
         for name, weight in self.trained_weights().items():
             weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration, self.evaluated = state["iteration"], state["evaluated"]
         if self.scaler.is_enabled() and state["scaler"]:  # empty if the run was not in float16
             self.scaler.load_state_dict(state["scaler"])
-        if rank() > 0:  # the saved generators are rank 0's
-            torch.manual_seed(self.config.seed + rank() + world_size() * self.iteration)
+        if rank() > 0:  # the rest is rank 0's
             return
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -218,9 +241,12 @@ def fit(run: Run) -> None:
             if config.eval_only or (due and not run.evaluated):
                 run.evaluate()
             if finished or config.eval_only:
+                if devices.any_rank(bool(stopped)):  # in the validation
+                    break
                 return
             started = time.perf_counter()
             rate = set_learning_rate(run.optimizer, run.iteration, config)
+            run.seed_step()
             batches = run.loader.window(run.iteration, window, config.batch_size)
             try:
                 loss = train_step(

@@ -47,15 +47,30 @@ def torchrun(config: TrainConfig, script: str = "train.py", **changes: object) -
             script, *(f"{name}={value}" for name, value in (settings | changes).items())]
 
 
+def test_two_processes_resume_as_if_never_stopped(config: TrainConfig, tmp_path: Path) -> None:
+    """With dropout, whose dice fall in each process."""
+    whole = replace(config, max_iters=4, dropout=0.1, lora_dropout=0.2)
+    parts = replace(whole, max_iters=2, out_dir=str(tmp_path / "parts"))
+    resume = [*torchrun(whole)[:6], "init_from=resume", f"out_dir={parts.out_dir}", "max_iters=4"]
+    for command in (torchrun(whole), torchrun(parts), resume):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, other = (Path(run.out_dir, "last", "adapter_model.safetensors").read_bytes()
+                  for run in (whole, parts))
+    assert one == other
+    with pytest.raises(ValueError, match="a resumed run keeps its processes: 2, now 1"):
+        Run(whole, resume=True)
+
+
 def test_process_that_dies_ends_the_job_with_a_line(config: TrainConfig) -> None:
     job = subprocess.Popen(torchrun(replace(config, max_iters=100000)), cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not job.stdout.readline().startswith("step 3:"):
         assert job.poll() is None
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    ranks = {Path(f"/proc/{pid}/environ").read_text().split("RANK=")[1][0]: int(pid)
-             for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()}
-    os.kill(ranks["1"], signal.SIGKILL)
+    (second,) = (int(pid) for pid in children
+                 if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+    os.kill(second, signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "error: another process of this job has ended" in errors

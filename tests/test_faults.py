@@ -17,7 +17,7 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 # Forks a process for each line that it reads, {"arguments", "seconds", "operations"}, which trains
-# until it is killed: after that many seconds, or before the n-th change of a file in the folder.
+# until it is killed: after that many seconds, or before the n-th change of a file.
 SERVER = """
 import json, os, signal, sys, time
 sys.argv[0] = "train.py"

@@ -133,6 +133,14 @@ def test_log_keeps_what_a_job_said_last_time(script: str) -> None:
     assert each.log.read_text().count("error: reason") == 2
 
 
+def test_mark_tells_whether_the_result_is_whole(script: str) -> None:
+    each = job(script, "half")._replace(mark="accuracy")
+    each.folder.mkdir()
+    for content, finished in (("loss", False), ("loss, accuracy", True)):
+        (each.folder / "result.json").write_text(content)
+        assert each.finished is finished
+
+
 def test_command_is_one_that_a_shell_takes(script: str) -> None:
     each = Job("name", "train.py", {"prompt": "Is {text} good?"}, Path("out/a b"), "x")
     assert each.command == "python train.py 'prompt=Is {text} good?' 'out_dir=out/a b'"

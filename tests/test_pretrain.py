@@ -112,7 +112,11 @@ def test_lines_after_the_saved_state_are_forgotten(config: PretrainConfig) -> No
     run.save_state()
     for iteration in (1, 2, 3):
         run.metrics.log(iteration, train_loss=1.0)
-    Run(replace(config, max_iters=50, init_from="resume"))
+    with pytest.raises(ValueError, match="is in use by another run"):
+        Run(replace(config, max_iters=50, init_from="resume"))
+    assert [line["iteration"] for line in metrics(config)] == [1, 2, 3]  # it lost nothing
+    run.lock.release()
+    Run(replace(config, max_iters=50, init_from="resume")).lock.release()
     assert [line["iteration"] for line in metrics(config)] == [1, 2]
 
 
@@ -138,6 +142,7 @@ def test_verdict_weight_moves_only_what_it_weighs(config: PretrainConfig) -> Non
         run.optimizer.zero_grad = lambda **_: None
         run.step()
         gradients[weight] = run.model.transformer.wte.weight.grad
+        run.lock.release()
     answer = run.rows.tokens[run.rows.verdicts][0]
     # Softmax pushes a word down everywhere; only where it is the target is it pulled up.
     assert gradients[1.0][answer].norm() > 2 * gradients[0.0][answer].norm()

@@ -1,17 +1,22 @@
 """A run's folder is all it takes to go on, and nothing in it is lost or mixed up."""
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import runlog
+from checkpoint import read_state
 from dataloader import SentimentTask
 from generate import make_loader
 from model import GPT, load_checkpoint
@@ -150,6 +155,54 @@ def test_state_that_lacks_a_part_is_refused_by_name(config: TrainConfig) -> None
     torch.save({"iteration": 1, "weights": {}}, state)
     with pytest.raises(ValueError, match=r"it lacks checkpoints, cuda_rng, evaluated, optimizer"):
         Run(config, resume=True)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "rng", "checkpoints", "weights", "scaler"])
+def test_state_of_the_wrong_kind_is_refused(config: TrainConfig, part: str) -> None:
+    train(replace(config, max_iters=1))
+    state = Path(config.out_dir, "trainer_state.pt")
+    good = torch.load(state, weights_only=True)
+    torch.save(good | {part: {} if part in ("optimizer", "weights") else "x"}, state)
+    if part in ("scaler", "checkpoints"):  # the one is not used on a CPU, the other much later
+        Run(config, resume=True).close()
+        return
+    with pytest.raises(ValueError, match=r"trainer_state.pt (is damaged|does not fit)"):
+        Run(config, resume=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.binary(max_size=64), st.integers(0, 4000)))
+def test_any_bytes_are_a_state_or_refused(content: bytes | int) -> None:
+    """Random ones, and a real state that was cut, in both of torch's formats."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trainer_state.pt")
+        if isinstance(content, int):
+            torch.save({"a": torch.ones(9)}, path, _use_new_zipfile_serialization=content % 2 == 0)
+            content = path.read_bytes()[:content]
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            assert isinstance(read_state(path), dict)
+
+
+def test_score_of_an_unfinished_run_does_not_make_it_finished(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    forget = Path(config.out_dir, "metrics.jsonl")
+    lines = [line for line in forget.read_text().splitlines() if "test_accuracy" not in line]
+    forget.write_text("\n".join(lines) + "\n")  # last/results.json stays, as generate.py writes it
+    with pytest.raises(ValueError, match="an unfinished run; go on with init_from=resume"):
+        train(replace(config, max_iters=1))
+
+
+def test_plot_that_fails_hides_no_other_error(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("runlog.plot_losses", full)
+    with pytest.raises(FloatingPointError, match="step 1: the loss of batch 1 of 2 is nan"):
+        train(replace(config, learning_rate=1e30, grad_clip=0.0))
+    train(replace(config, max_iters=1))  # and the folder is not in use any more
 
 
 def test_two_runs_do_not_write_to_one_folder(config: TrainConfig) -> None:
