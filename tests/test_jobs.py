@@ -23,7 +23,8 @@ signal.signal(signal.SIGTERM, save)
 started = time.time()
 (folder / "started").write_text(json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")]))
 if (folder / "reason").exists():
-    sys.exit("error: " + (folder / "reason").read_text())
+    reason = (folder / "reason").read_text()
+    sys.exit("error: " + reason if reason else 1)
 if settings.get("die"):
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(float(settings.get("seconds", 0)))
@@ -131,6 +132,15 @@ def test_log_keeps_what_a_job_said_last_time(script: str) -> None:
     outcomes([each])
     outcomes([each])
     assert each.log.read_text().count("error: reason") == 2
+
+
+def test_error_of_an_earlier_attempt_is_not_told_again(script: str) -> None:
+    each = failing(script, "bad", "reason")
+    assert outcomes([each]) == {"bad": "reason"}
+    assert each.state == "failed: reason"
+    (each.folder / "reason").write_text("")  # now it ends without a word
+    assert outcomes([each])["bad"] == f"exit code 1, see {each.log}"
+    assert each.state == "to do"
 
 
 def test_command_is_one_that_a_shell_takes(script: str) -> None:
