@@ -4,6 +4,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Estimate:
 
     def __init__(self, config: TrainConfig, at_once: int, jobs: Iterable[Job]) -> None:
         self.config, self.shape = config, GPTConfig(**read_hub_shape(config.init_from))
+        self.tokens = cache(self.count_tokens)  # many runs share a prompt
         task, device = SentimentTask(config.prompt), resolve_device(config.device)
         self.records = {split: task.read(config.dataset, split)
                         for split in ("train", "validation", "test")}
@@ -83,13 +85,16 @@ class Estimate:
         if measured:
             self.rate *= sum(map(self.training, done)) / measured
 
-    def flops(self, settings: Mapping[str, Any], verb: str) -> float:
-        """Return the FLOPs that a review takes in a run of `settings`."""
-        task = SentimentTask(settings.get("prompt", self.config.prompt))
-        loader = CustomDataLoader(self.config.dataset, task, self.shape.block_size)
+    def count_tokens(self, prompt: str) -> tuple[float, int]:
+        """Return the mean tokens of a review of its own, and those that all prompts share."""
+        loader = CustomDataLoader(self.config.dataset, SentimentTask(prompt), self.shape.block_size)
         prompts = [loader.encode_prompt(record) for record in self.records["test"][:100]]
         prefix = len(loader.prefix(prompts))
-        own = statistics.mean(map(len, prompts)) - prefix
+        return statistics.mean(map(len, prompts)) - prefix, prefix
+
+    def flops(self, settings: Mapping[str, Any], verb: str) -> float:
+        """Return the FLOPs that a review takes in a run of `settings`."""
+        own, prefix = self.tokens(settings.get("prompt", self.config.prompt))
         rank = settings.get("lora_rank", TrainConfig.lora_rank)
         return useful_flops(self.shape, own, prefix / self.config.batch_size, rank, verb)
 

@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent
 STATE = "trainer_state.pt"
+ATTEMPT = "$ python"  # stands in the log before what an attempt says
 
 
 class Job(NamedTuple):
@@ -66,8 +67,10 @@ class Job(NamedTuple):
 
     @property
     def last_words(self) -> str:
+        """The error with which its last attempt ended, if it said one."""
         said = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
-        lines = [line for line in said.splitlines() if line.startswith("error: ")
+        attempt = said.rpartition(ATTEMPT)[2]
+        lines = [line for line in attempt.splitlines() if line.startswith("error: ")
                  and "another process of this job" not in line]  # that one said why
         return lines[-1].removeprefix("error: ") if lines else ""
 
@@ -83,6 +86,7 @@ class Job(NamedTuple):
         arguments = resume if self.interrupted else self.arguments
         module = [] if self.processes == 1 else ["-m", "torch.distributed.run", *self.torchrun]
         with open(self.log, "a", encoding="utf-8") as log:
+            print(ATTEMPT, shlex.join(arguments), file=log, flush=True)
             return subprocess.Popen(
                 [sys.executable, *module, str(ROOT / arguments[0]), *arguments[1:]], stdout=log,
                 stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment},

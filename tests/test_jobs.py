@@ -23,7 +23,8 @@ signal.signal(signal.SIGTERM, save)
 started = time.time()
 (folder / "started").write_text(json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")]))
 if (folder / "reason").exists():
-    sys.exit("error: " + (folder / "reason").read_text())
+    reason = (folder / "reason").read_text()
+    sys.exit("error: " + reason if reason else 1)
 if settings.get("die"):
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(float(settings.get("seconds", 0)))
@@ -139,6 +140,15 @@ def test_mark_tells_whether_the_result_is_whole(script: str) -> None:
     for content, finished in (("loss", False), ("loss, accuracy", True)):
         (each.folder / "result.json").write_text(content)
         assert each.finished is finished
+
+
+def test_error_of_an_earlier_attempt_is_not_told_again(script: str) -> None:
+    each = failing(script, "bad", "reason")
+    assert outcomes([each]) == {"bad": "reason"}
+    assert each.state == "failed: reason"
+    (each.folder / "reason").write_text("")  # now it ends without a word
+    assert outcomes([each])["bad"] == f"exit code 1, see {each.log}"
+    assert each.state == "to do"
 
 
 def test_command_is_one_that_a_shell_takes(script: str) -> None:
