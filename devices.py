@@ -4,6 +4,7 @@ Without torchrun there is one process, of rank 0, and nothing is summed.
 """
 
 import ctypes
+import importlib
 import itertools
 import os
 import platform
@@ -149,6 +150,9 @@ def start_processes(device_name: str, backend: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+    # Imported later, as by an optimizer, its functions would hold the group as their default; its
+    # threads would outlive `end_processes`, and now and then abort the interpreter's exit.
+    importlib.import_module("torch.distributed.nn")
     try:
         dist.init_process_group(backend)
     except (RuntimeError, AssertionError) as error:

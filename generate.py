@@ -260,7 +260,9 @@ def answer(config: GenerateConfig) -> None:
 @out_of_memory_told()
 def main(config: GenerateConfig) -> None:
     set_up_memory()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + rank())
+    if config.export and config.text:
+        raise ValueError("export writes a model, text labels one review: choose one of them")
     try:
         # An export keeps every digit of the weights it was trained on.
         answer(replace(config, dtype="float32") if config.export else config)

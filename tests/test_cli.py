@@ -77,6 +77,23 @@ def test_zero_shot_score_has_a_folder_of_its_own(
     assert json.loads(results.read_text())["n"] == 12
 
 
+def test_export_is_written_once_and_is_a_model_to_start_from(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    export = [f"out_dir={finished[0]}", f"export={tmp_path / 'merged'}"]
+    assert f"written: {tmp_path / 'merged'}" in run("generate.py", *export).stdout
+    assert "is there already" in run("generate.py", *export).stderr
+    settings = json.loads((finished[0] / "config.json").read_text())["settings"]
+    scored = run("generate.py", f"init_from={tmp_path / 'merged'}", f"out_dir={tmp_path}",
+                 f"dataset={settings['dataset']}")
+    (results,) = tmp_path.glob("zero_shot-*/results*.json")
+    expected = json.loads((finished[0] / "best" / "results.json").read_text())
+    assert json.loads(results.read_text())["confusion"] == expected["confusion"], scored.stderr
+    refused = run("generate.py", *export, "text=fine")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "choose one of them" in refused.stderr
+
+
 def test_one_text_gets_a_continuation_a_label_and_two_probabilities(
     finished: tuple[Path, str]
 ) -> None:

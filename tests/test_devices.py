@@ -90,6 +90,24 @@ def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) 
     assert found["confusion"] == expected["confusion"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_process_group_outlives_it() -> None:
+    code = """if True:
+        import torch, devices
+        from pathlib import Path
+        devices.start_processes("cpu", "gloo")
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch.distributed.nn
+        devices.end_processes()
+        print([path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    assert "python" in done.stdout, done.stderr
+    assert "gloo" not in done.stdout
+
+
 def test_shares_are_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items, shares = list(range(7)), []
     for number in range(3):

@@ -86,6 +86,25 @@ def test_step_moves_only_the_adapters(config: TrainConfig) -> None:
     assert moved == set(lora_state_dict(model))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_only_what_is_trained_goes_over_the_wire(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    config, sent = replace(config, lora_rank=rank), []
+    monkeypatch.setattr("devices.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("devices.dist.all_reduce", lambda flat: sent.append(flat.numel()))
+    model = fresh_model(config)
+    window = make_loader(asdict(config), model).window(0, 8, 4)
+    train_step(model, window, configure_optimizer(model, config), NO_SCALER, 0.0, torch.float32)
+    losses, trained = len(window), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sent == [losses + trained]
+    assert (trained == lora_parameters(model)) is bool(rank)
+
+
+def lora_parameters(model: GPT) -> int:
+    return sum(tensor.numel() for tensor in lora_state_dict(model).values())
+
+
 def test_gradient_clipping_bounds_the_step(config: TrainConfig) -> None:
     def step_norm(grad_clip: float) -> float:
         model = fresh_model(config)
