@@ -22,7 +22,8 @@ from tqdm import tqdm
 import devices
 from checkpoint import atomic_write, write_json
 from configurator import Bounds, run_script
-from dataloader import CustomDataLoader, Record, SentimentTask, get_tokenizer
+from dataloader import CustomDataLoader, SentimentTask
+from datasource import Record
 from devices import DeviceConfig, resolve_device, resolve_dtype
 from estimate import matrix_peak, useful_flops
 from measure import (
@@ -35,6 +36,7 @@ from measure import (
 )
 from runlog import git_commit
 from scores import markdown_table
+from tokenizer import get_tokenizer
 from train import TrainConfig
 
 Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batches import pad
 from checkpoint import save_adapter
-from dataloader import CustomDataLoader, Record, SentimentTask, pad
+from dataloader import CustomDataLoader, SentimentTask
+from datasource import Record
 from devices import resolve_dtype
 from generate import ModelSampler, make_loader
 from lora import LoRALinear, lora_layers
@@ -46,7 +48,7 @@ class Ours:
     def score(self, records: Sequence[Record]) -> list[str]:
         """Return what the model writes behind the prompt of each record."""
         sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
-        return [prediction.generated for prediction in sampler.predict_labels(records)]
+        return [prediction.generated for prediction in sampler.predict(records)]
 
     def save(self, folder: Path) -> None:
         if lora_layers(self.model):

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batches import epoch_order
 from checkpoint import END_OF_TEXT
-from dataloader import epoch_order, get_tokenizer
 from datasource import Record, read_records
+from tokenizer import get_tokenizer
 
 SPLITS = ("train", "test", "unsupervised")  # as the hub's stanfordnlp/imdb has them
 # What asks for the verdict, and the answers for labels 0 and 1: their first token decides.

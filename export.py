@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from checkpoint import write_json
-from dataloader import vocabulary_files
 from model import GPT
+from tokenizer import vocabulary_files
 
 
 def export_model(model: GPT, folder: Path) -> None:

@@ -16,20 +16,23 @@ STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."),
 Metrics = Sequence[Mapping[str, float]]
 
 
-def validation_curves(series: Sequence[tuple[str, Sequence[Metrics]]]) -> Figure:
-    """Draw loss and accuracy over the steps: the mean of the seeds, and a band from least to most.
+def validation_curves(
+    series: Sequence[tuple[str, Sequence[Metrics]]], key: str = "validation_accuracy",
+    title: str = "validation accuracy (generated answers)", first: int = 0,
+) -> Figure:
+    """Draw loss, and `key` from step `first` on: the seeds' mean, a band from least to most.
 
-    Each of `series` is a label and the logged metrics of its runs. The loss before the first step
-    is left out: it is so high that all others would be one line.
+    Each of `series`, one at least, is a label and the logged metrics of its runs. The loss before
+    the first step is left out: it is so high that all others would be one line.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    loss, other = figure.subplots(1, 2)
     for (label, runs), style in zip(series, STYLES, strict=False):
         band(loss, label, runs, "validation_loss", style, first=1)
-        band(accuracy, label, runs, "validation_accuracy", style, first=0)
+        band(other, label, runs, key, style, first)
     loss.set(xlabel="optimizer steps", ylabel="validation loss (nats a token)")
-    accuracy.set(xlabel="optimizer steps", ylabel="validation accuracy (generated answers)")
-    for panel in (loss, accuracy):
+    other.set(xlabel="optimizer steps", ylabel=title)
+    for panel in (loss, other):
         panel.grid(alpha=0.3)
     loss.legend(title="mean; band: all seeds" if max(map(len, dict(series).values())) > 1 else "")
     return figure
@@ -105,4 +108,19 @@ def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(title="mean; band: all seeds")
+    return figure
+
+
+def length_histograms(questions: Sequence[int], answers: Sequence[int], block_size: int) -> Figure:
+    """Draw how long questions and answers are, in tokens, against the longest sequence."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    named = {"question": questions, "answer": answers}
+    for axes, (name, lengths), style in zip(figure.subplots(1, 2), named.items(), STYLES,
+                                            strict=False):
+        axes.hist(lengths, bins=min(60, max(2, len(set(lengths)))), color=style[0])
+        if max(lengths) > block_size / 4:
+            axes.axvline(block_size, color="k", linestyle="--", label=f"{block_size}: a sequence")
+            axes.legend()
+        axes.set(xlabel=f"tokens of a {name}".replace("a answer", "an answer"), ylabel="examples")
+        axes.grid(alpha=0.3)
     return figure

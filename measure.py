@@ -16,8 +16,9 @@ import torch
 import devices
 from checkpoint import END_OF_TEXT
 from contenders import HandoutStyle, Ours, PeftStyle
-from dataloader import Record, get_tokenizer
+from datasource import Record
 from model import GPT, SIZES, GPTConfig
+from tokenizer import get_tokenizer
 
 # With the positions of the others, which long reviews take.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}

@@ -169,13 +169,15 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, past: Cache | None = None
+        self, idx: Tensor, targets: Tensor | None = None, past: Cache | None = None,
+        reduction: str = "mean",
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
 
         Without `targets` the logits are (B, T, V) and the loss is None. With `targets` (B, T),
         each the token after its position or -100, logits are (supervised positions, V) in
-        row-major order and the loss is their mean cross-entropy in nats a token.
+        row-major order and the loss is their mean cross-entropy in nats a token; with
+        `reduction="none"` it is that of each position.
 
         Raises ValueError if the sequence with its past is longer than the block size.
         """
@@ -188,7 +190,7 @@ class GPT(nn.Module):
         rows = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, R)
         x, _ = self._run_blocks(idx, past, rows=rows)
         logits = self._head(x[supervised.gather(1, rows)])
-        return logits, F.cross_entropy(logits, targets[supervised])
+        return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
 
     def prefill(self, idx: Tensor) -> Cache:
         """Return keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""

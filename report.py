@@ -1,115 +1,49 @@
 """The report of the experiments: tables and curves of what the runs left in their folders."""
 
 import base64
-import html
-import json
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import markdown
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+import answers
 from checkpoint import atomic_write, read_hub_shape, read_json
+from dataloader import find_task
 from figures import accuracy_dots, heat_map, rate_lines, validation_curves
-from jobs import Job
 from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES, GPTConfig
-from runlog import read_metrics, read_run, training_seconds
+from rows import (
+    Row,
+    Section,
+    TrainedRun,
+    basis,
+    commands,
+    fenced,
+    losses,
+    mean_and_deviation,
+    plain,
+    read_predictions,
+)
+from runlog import training_seconds
 from scores import markdown_table, wilson_interval
+from tasks import ClassificationTask
 from train import TrainConfig
 
-RANKS = (16, 128, 196)
-PRICED = ("curves", "prompts", "layers")  # the questions whose runs differ in what they cost
+RANKS = {True: (16, 128, 196), False: (8, 64)}  # of the plan, by whether the task classifies
+# The questions whose runs differ in what they cost.
+PRICED = ("curves", "prompts", "layers", "answers", "targets")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
 th, td { border-bottom: 1px solid #bbb; padding: .3em .7em; text-align: right }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% }
+th:first-child, td:first-child, pre { text-align: left } td { vertical-align: top }
+img { max-width: 100% }
 pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }"""
-
-
-class TrainedRun(NamedTuple):
-    """A finished run of `train.py`, as its folder tells it."""
-
-    about: dict[str, Any]
-    metrics: list[dict[str, float]]
-    results: dict[str, dict[str, Any]]  # of the best and the last checkpoint
-    right: dict[str, np.ndarray]  # of each test review: was it told right?
-    checkpoint_bytes: int
-
-    @property
-    def validation_loss(self) -> float:
-        """The loss for which the best checkpoint was chosen; step 0 is no candidate."""
-        return min(line["validation_loss"] for line in self.metrics
-                   if "validation_loss" in line and line["iteration"] > 0)
-
-
-class Row(NamedTuple):
-    """A variant in a table: what it is called, what it changes, its jobs, and what failed."""
-
-    label: str
-    changes: Mapping[str, Any]
-    jobs: Sequence[Job]
-    errors: Mapping[str, str]  # by the job's name
-
-    @property
-    def runs(self) -> list[TrainedRun]:
-        return [load_run(job.folder) for job in self.jobs if job.finished]
-
-    @property
-    def seeds(self) -> str:
-        """How many runs stand behind the row; of an incomplete one, why."""
-        number = sum(job.finished for job in self.jobs)
-        if number == len(self.jobs):
-            return str(number)
-        return f"{number} of {len(self.jobs)}: {self.trouble}"
-
-    @property
-    def trouble(self) -> str:
-        """What keeps the first unfinished run from being finished."""
-        job = next(job for job in self.jobs if not job.finished)
-        return plain(f"failed: {self.errors[job.name]}" if job.name in self.errors else job.state)
-
-
-class Section(NamedTuple):
-    """What answers a question; `basis` is the reviews and the seeds that it rests on."""
-
-    title: str
-    basis: str
-    lines: list[str]
-    figure: Figure | None = None
-
-
-@cache
-def load_run(folder: Path) -> TrainedRun:
-    results, right = {}, {}
-    for name in ("best", "last"):
-        results[name] = read_json(folder / name / "results.json")
-        predictions = read_predictions(folder / name / "predictions.jsonl")
-        right[name] = np.array([row["label"] == row["truth"] for row in predictions])
-    weights = sum(path.stat().st_size for path in (folder / "best").glob("[!.]*.safetensors"))
-    return TrainedRun(read_run(str(folder)), read_metrics(folder), results, right, weights)
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def plain(text: str) -> str:
-    """Make any text fit into a cell of a table, to be read as it stands."""
-    return re.sub(r"([|*_`\[\\])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean of the seeds and, of several, their standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def interval(accuracy: float, n: int) -> str:
@@ -129,9 +63,14 @@ def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
 
     A review counts with its mean over the seeds; the interval is of which reviews were drawn.
     """
-    mine, theirs = (np.mean([run.right["best"] for run in side], axis=0) for side in (runs, others))
+    mine, theirs = (np.mean([right(run) for run in side], axis=0) for side in (runs, others))
     gap = mine - theirs
     return f"{gap.mean():+.3f} ± {1.96 * gap.std(ddof=1) / len(gap) ** 0.5:.3f}"
+
+
+def right(run: TrainedRun) -> list[bool]:
+    """Tell of each test review whether the best checkpoint got it right."""
+    return [row["label"] == row["truth"] for row in run.predictions["best"]]
 
 
 def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
@@ -154,34 +93,18 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
     return markdown_table(lines)
 
 
-def commands(rows: Sequence[Row]) -> list[str]:
-    """Return the exact commands behind a table, folded away."""
-    summary = "the exact commands, first seed; the others differ in seed and out_dir"
-    return ["", f'<details markdown="1"><summary>{summary}</summary>', "",
-            *fenced(row.jobs[0].command for row in rows), "", "</details>"]
-
-
-def fenced(lines: Iterable[str]) -> list[str]:
-    return ["~~~~", *lines, "~~~~"]
-
-
-def basis(rows: Sequence[Row]) -> str:
-    """Say what every number of a section rests on."""
-    runs = [run for row in rows for run in row.runs]
-    sizes = {f"n = {run.results['best']['n']:,} test and {run.about['validation_reviews']:,} "
-             "validation reviews" for run in runs}
-    seeds = dict.fromkeys(str(job.settings.get("seed", TrainConfig.seed))
-                          for row in rows for job in row.jobs if job.finished)
-    return f"{'; '.join(sorted(sizes)) or 'n = 0'}; seeds {', '.join(seeds) or 'none yet'}."
+def classifies(config: TrainConfig) -> bool:
+    return issubclass(find_task(config.task), ClassificationTask)
 
 
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
-    titles = ["model", "all weights", *(f"r = {rank}" for rank in RANKS)]
+    ranks = RANKS[classifies(config)]
+    titles = ["model", "all weights", *(f"r = {rank}" for rank in ranks)]
     shapes = {config.init_from: GPTConfig(**read_hub_shape(config.init_from))}
     lines = [titles]
     for name, shape in (shapes | SIZES).items():
         cells = []
-        for rank in RANKS:
+        for rank in ranks:
             with torch.device("meta"):  # shapes alone: nothing is allocated
                 model = GPT(replace(shape, lora_rank=rank))
             count = count_parameters(mark_only_lora_as_trainable(model))
@@ -197,7 +120,7 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
               "95 % interval"]]
     shown: list[str] = []
     for row in rows:
-        found = [path for job in row.jobs for path in job.folder.glob(job.result)]
+        found = row.untrained
         if not found:
             lines.append([plain(row.label), "", row.trouble, *[""] * 4])
             continue
@@ -298,13 +221,9 @@ def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
         rate_lines(series) if lines else None)
 
 
-def losses(row: Row) -> list[float]:
-    return [run.validation_loss for run in row.runs]
-
-
 def cost(rows: Sequence[Row]) -> Section:
-    lines = [["", "trained", "share", "training, s", "reviews/s", "memory, MiB",
-              "checkpoint, MB"]]
+    noun = find_task(rows[0].runs[0].about["settings"]["task"]).noun
+    lines = [["", "trained", "share", "training, s", f"{noun}/s", "memory, MiB", "checkpoint, MB"]]
     priced: dict[str, Row] = {}
     for row in rows:
         priced.setdefault(row.jobs[0].name, row)
@@ -330,6 +249,15 @@ def cost(rows: Sequence[Row]) -> Section:
 SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
     "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
     "prompts": prompts, "grid": grid, "rates": rates, "layers": layers,
+    "answers": answers.compared, "targets": answers.targets,
+}
+ABOUT = {  # by whether the task classifies
+    True: "Accuracies are of *generated* answers on the test split, mean ± standard deviation of "
+          "the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews.",
+    False: "Answers are generated greedily for the test split and compared as code, without their "
+           "fences; nothing that was generated is executed. Mean ± standard deviation of the "
+           "seeds; in brackets the bootstrap's 95 % interval over the examples, its ends averaged "
+           "over the seeds.",
 }
 
 
@@ -346,19 +274,17 @@ def sections(
 
 def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: str) -> list[str]:
     """Say what all of it was made with."""
-    runs = [run for rows in questions.values() for row in rows if "lora_rank" in row.changes
-            for run in row.runs]
+    runs = [run for rows in questions.values() for row in rows for run in row.runs]
     facts = {name: ", ".join(dict.fromkeys(str(run.about.get(name)) for run in runs))
              for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
     made = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
     made = f" Made on: {made}." if made else ""
-    return ["# LoRA on GPT-2: the homework's questions", "",
+    noun = find_task(config.task).noun
+    return [f"# LoRA on GPT-2: {config.task.replace('_', ' ')}", "",
             f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
-            f"{config.batch_size * config.gradient_accumulation_steps} reviews.{made}", "",
-            "Accuracies are of *generated* answers on the test split, mean ± standard deviation "
-            "of the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews. The "
-            "best checkpoint is the one of lowest validation loss; each run reads the test split "
-            "once, at its end.", "", *fenced([command])]
+            f"{config.batch_size * config.gradient_accumulation_steps} {noun}.{made}", "",
+            f"{ABOUT[classifies(config)]} The best checkpoint is the one of lowest validation "
+            "loss; each run reads the test split once, at its end.", "", *fenced([command])]
 
 
 def write_report(

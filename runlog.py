@@ -20,15 +20,17 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from checkpoint import atomic_write, read_json, remove_leftovers, write_json
 
-FINISHED = "test_accuracy_last"  # the metric that a run logs last
+FINISHED = '_last"'  # so ends the name of the metric that a run logs last
 KEY_FILE = Path("wandb_api.json")
 # They change what a run reports, not what it computes.
 FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
+    "baseline",
 }
 # What it takes to rebuild a run's model and to ask its questions again.
 NEEDED_SETTINGS = {
-    "init_from", "dataset", "prompt", "block_size", "train_size", "seed", "dropout",
+    "init_from", "task", "dataset", "prompt", "block_size", "train_size", "test_size", "seed",
+    "dropout",
     "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_qkv",
 }
 
@@ -100,7 +102,7 @@ def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
     folder = Path(settings["out_dir"])
     for name in ("trainer_state.pt", "metrics.jsonl", "loss.png"):  # the state first: without
         (folder / name).unlink(missing_ok=True)                     # it nothing goes on from here
-    for name in ("best", "last"):
+    for name in ("base", "best", "last"):
         shutil.rmtree(folder / name, ignore_errors=True)
     write_json(folder / "config.json", {"settings": settings, **facts, "commit": git_commit()})
 
@@ -155,7 +157,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def is_finished(folder: Path) -> bool:
     """Tell whether a run has scored its last checkpoint, the last thing that it does."""
-    return any(FINISHED in line for line in read_metrics(folder))
+    return any(FINISHED in json.dumps(line) for line in read_metrics(folder))
 
 
 def training_seconds(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> float:

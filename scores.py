@@ -6,6 +6,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+# Beside these results stand the counts of the label words.
+RESERVED = {"accuracy", "n", "interval_95", "garbage", "confusion", "constrained_accuracy"}
+
+
+class Completion(NamedTuple):
+    """What the model said to one prompt, and how likely it found what it might have said."""
+
+    text: str
+    tokens: int
+    ended: bool  # by itself, before the longest answer that was allowed
+    choice_logprobs: list[float]  # of each choice's first token, in nats, among all tokens
+    reference_nats: float  # of the right answer, if that was asked
+    reference_tokens: int
+
 
 class Prediction(NamedTuple):
     """What the model said to one prompt: its words, their label (-1 is garbage), the odds."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import devices
-from dataloader import Batch
+from batches import Batch
 from devices import autocast
 from model import GPT
 

@@ -22,11 +22,12 @@ import runlog
 from checkpoint import read_state, save_adapter, write_state
 from configurator import Bounds, configure, run_script
 from devices import rank, world_size
-from generate import ModelSampler, RunConfig, make_loader, run_dtype, score
+from generate import RunConfig, dataset_of, make_loader, run_dtype, score
 from lora import check_state, count_parameters
-from model import build_model, load_checkpoint
+from model import GPT, build_model, load_checkpoint
 from optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
-from scores import columns, describe, table
+from sampler import ModelSampler
+from scores import table
 from step import train_step, validation_loss
 
 Qkv = Literal["split", "shared"]
@@ -40,9 +41,9 @@ class TrainConfig(OptimizerConfig, RunConfig):
 
     overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
     # data
-    train_size: Annotated[int, "reviews drawn from the training split; 0 is all", Bounds(0)] = 5000
+    train_size: Annotated[int, "examples drawn from the training split; 0 is all", Bounds(0)] = 5000
     block_size: Annotated[int, "longest sequence in tokens; 0 is the model's own", Bounds(0)] = 0
-    batch_size: Annotated[int, "mean reviews of a forward pass", Bounds(1)] = 64
+    batch_size: Annotated[int, "mean examples of a forward pass", Bounds(1)] = 64
     gradient_accumulation_steps: Annotated[int, "passes per optimizer step", Bounds(1)] = 2
     # model
     lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0)] = 128
@@ -54,7 +55,9 @@ class TrainConfig(OptimizerConfig, RunConfig):
     # evaluation and logging
     eval_interval: Annotated[int, "steps between validations", Bounds(1)] = 10
     eval_iters: Annotated[int, "validation batches; 0 is the whole split", Bounds(0)] = 0
-    eval_batch_size: Annotated[int, "reviews per batch in validation and test", Bounds(1)] = 64
+    eval_batch_size: Annotated[int, "examples per batch in validation and test", Bounds(1)] = 64
+    test_size: Annotated[int, "examples of the test split, evenly spread; 0 is all", Bounds(0)] = 0
+    baseline: Annotated[bool, "score the untouched model on the test split, too"] = False
     eval_only: Annotated[bool, "validate once and stop"] = False
     always_save_checkpoint: Annotated[bool, "save `last` at every validation"] = True
     log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 1
@@ -97,8 +100,8 @@ class Run:
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
         self.loader = make_loader(settings, self.model)
         self.loader.records("test")  # a missing split is told now, not after the training
-        self.validation = self.loader.validation_records(
-            config.eval_iters * config.eval_batch_size)
+        self.validation = self.loader.spread(
+            "validation", config.eval_iters * config.eval_batch_size)
         self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
         self.optimizer = configure_optimizer(self.model, config)
         # The default scale of 2^16 overflows at first, and a short run has no steps to waste.
@@ -142,18 +145,23 @@ class Run:
         loss = validation_loss(self.model, self.validation_batches, self.dtype)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.iteration}: the validation loss is {loss}")
-        sampler = ModelSampler(self.model, self.loader, self.dtype, self.config.eval_batch_size)
-        results = score(sampler, self.validation)
+        task, results = self.loader.task, {"perplexity": math.exp(min(loss, 700.0))}
+        told = f"perplexity {results['perplexity']:.2f}"
+        if task.quick:
+            sampler = ModelSampler(
+                self.model, self.loader, self.dtype, self.config.eval_batch_size)
+            scores = score(sampler, self.validation)
+            results, told = {name: scores[name] for name in task.logged}, task.describe(scores)
         if not self.evaluated:
             self.metrics.log(
-                self.iteration, validation_loss=loss, validation_accuracy=results["accuracy"],
-                validation_garbage=results["garbage"],
+                self.iteration, validation_loss=loss,
+                **{f"validation_{name}": value for name, value in results.items()},
                 memory_mib=devices.peak_memory(self.device) / 2**20,
             )
         self.evaluated = True
         if rank() > 0:
             return
-        tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {describe(results)}")
+        tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {told}")
         improved = loss < self.checkpoints.get("best", {}).get("loss", math.inf)
         last = self.iteration >= self.config.max_iters
         if self.config.eval_only or (self.iteration == 0 and not last):
@@ -258,7 +266,8 @@ def fit(run: Run) -> None:
                 run.metrics.log(run.iteration, train_loss=loss, learning_rate=rate,
                                 reviews_per_second=speed)
             run.iteration, run.evaluated = run.iteration + 1, False
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:.1f} reviews/s", refresh=False)
+            told = f"loss {loss:.3f}, {speed:.1f} {run.loader.task.noun}/s"
+            bar.set_postfix_str(told, refresh=False)
             bar.update()
         if rank() == 0:
             run.save_state()
@@ -268,20 +277,28 @@ def fit(run: Run) -> None:
 
 
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
-    """Load both checkpoints as saved, score them on the test split, print a table.
+    """Load the checkpoints as saved, score them on the test split, print a table.
 
-    The processes of a job share the reviews; rank 0 writes.
+    With `baseline` the model as it was is a third. The processes of a job share the examples;
+    rank 0 writes.
     """
-    config, scores, rows = run.config, {}, []
-    for name, saved in devices.of_rank_zero(run.checkpoints).items():  # when they are written
-        model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
+    config, scores, rows, task = run.config, {}, [], run.loader.task
+    untouched = {"base": {"iteration": 0}} if config.baseline else {}
+    checkpoints = devices.of_rank_zero(run.checkpoints)  # when they are written
+    for name, saved in (untouched | checkpoints).items():
+        if name == "base":
+            model = GPT.from_pretrained(config.init_from).to(run.device)
+        else:
+            model = load_checkpoint(run.folder / name, asdict(config), run.device, run.dtype)
         sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
-        scores[name] = score(sampler, run.loader.records("test"), run.folder / name)
+        records = run.loader.spread("test", config.test_size)
+        scores[name] = score(sampler, records, run.folder / name)
         del model, sampler  # two models need not be held while the next one loads
-        run.metrics.log(run.iteration, **{f"test_accuracy_{name}": scores[name]["accuracy"]})
-        about = {"checkpoint": name, "step": str(saved["iteration"]),
-                 "validation loss": f"{saved['loss']:.4f}"}
-        rows.append(about | columns(scores[name]))
+        told = {f"test_{task.headline}_{name}": scores[name][task.headline]}
+        run.metrics.log(run.iteration, **told)
+        loss = f"{saved['loss']:.4f}" if "loss" in saved else ""
+        about = {"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss}
+        rows.append(about | task.columns(scores[name]))
     if rank() == 0:
         print("", table(rows), sep="\n")
     return scores
@@ -289,13 +306,17 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]]:
     """Run `config` to its end; return the test results of the best and the last checkpoint."""
-    config = replace(config, lr_decay_iters=config.lr_decay_iters or config.max_iters)
+    config = replace(config, lr_decay_iters=config.lr_decay_iters or config.max_iters,
+                     dataset=dataset_of(asdict(config)))
     run = Run(config, resume)
     if rank() == 0:
-        count = count_parameters(run.model)
+        count, loader = count_parameters(run.model), run.loader
         print(f"{config.init_from} on {run.device}, {run.dtype}: training {count.trained:,} of "
               f"{count.total:,} parameters ({count.share:.2%}) on "
-              f"{len(run.loader.records('train')):,} reviews")
+              f"{len(loader.records('train')):,} {loader.task.noun}")
+        if loader.answers_cut:
+            print(f"{loader.answers_cut:,} of their answers are cut to fit into "
+                  f"{loader.block_size} tokens")
     try:
         fit(run)
         if config.eval_only:

@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models a second thread only wait
 
 import pytest
 import torch
+from made_models import shaken
 
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -61,3 +62,24 @@ def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
         batch_size=4, gradient_accumulation_steps=2, max_iters=8, eval_interval=3,
         wandb_mode="disabled",
     )
+
+
+@pytest.fixture
+def model() -> GPT:
+    """A random GPT-2 of the real vocabulary, with adapters, whose answers depend on the text."""
+    torch.manual_seed(1)
+    return shaken(GPT(GPTConfig(
+        block_size=128, n_layer=2, n_head=2, n_embd=16, lora_rank=2, lora_alpha=3.0
+    )))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    """Forty questions with short answers, and one with a long one."""
+    rows = [{"instruction": f"Print {i}", "input": "" if i % 2 else "a number",
+             "output": f"```python\nprint({i})\n```", "text": f"SECRET print({i})"}
+            for i in range(40)]
+    rows[7]["output"] = "```python\n" + "\n".join(f"x{i} = {i}" for i in range(99)) + "\n```"
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench import BenchConfig, grow, main, markdown, sized_reviews
-from dataloader import get_tokenizer
 from measure import random_checkpoint
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 RATIOS = {f"{verb}.{rival}.{dtype}" for verb in ("train", "score")
           for rival in ("handout", "peft") for dtype in ("float32", "bfloat16")}

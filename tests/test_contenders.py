@@ -54,7 +54,7 @@ def test_answers_are_equal(config: TrainConfig) -> None:
     ours, handout, peft, loader = contenders(replace(config, lora_qkv="shared"))
     records = loader.records("test")
     sampler = ModelSampler(ours, loader, batch_size=5, max_new_tokens=NEW_TOKENS)
-    expected = [prediction.generated for prediction in sampler.predict_labels(records)]
+    expected = [prediction.generated for prediction in sampler.predict(records)]
     assert len(set(expected)) > 1
     assert handout.score(records) == expected
     assert peft.score(records) == expected

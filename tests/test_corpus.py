@@ -19,7 +19,8 @@ from corpus import (
     spaced,
     tokenize,
 )
-from dataloader import PROMPTS, get_tokenizer
+from dataloader import PROMPTS
+from tokenizer import get_tokenizer
 
 REVIEW = "A dull film. " + "It never ends, and nobody in it seems to care. " * 6 + "Skip it!"
 

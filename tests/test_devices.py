@@ -90,6 +90,22 @@ def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) 
     assert found["confusion"] == expected["confusion"]
 
 
+def test_two_processes_share_long_answers_and_their_likelihood(
+    config: TrainConfig, questions: str
+) -> None:
+    config = replace(config, task="python_codes", dataset=questions, max_iters=2, block_size=64)
+    train(config)
+    results = Path(config.out_dir, "best", "results.json")
+    expected = json.loads(results.read_text())
+    results.unlink()
+    command = torchrun(config, "generate.py", init_from="resume", out_dir=config.out_dir)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(results.read_text())
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert (found["n"], found["chrf"]) == (4, expected["chrf"])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_thread_of_the_process_group_outlives_it() -> None:
     code = """if True:

@@ -18,11 +18,12 @@ from train import TrainConfig
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 MODEL_CARD = (ROOT / "assets" / "gpt2-mini" / "README.md").read_text("utf-8")
+CODES = (ROOT / "docs" / "python-codes.md").read_text("utf-8")
 READING = (ROOT / "docs" / "report-mini" / "README.md").read_text("utf-8")
 NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 CONFIGS = {"train.py": "TrainConfig", "generate.py": "GenerateConfig",
            "pretrain.py": "PretrainConfig", "bench.py": "BenchConfig",
-           "experiments.py": "ExperimentsConfig"}
+           "experiments.py": "ExperimentsConfig", "analysis.py": "AnalysisConfig"}
 
 
 def script_lines(text: str) -> list[str]:
@@ -42,7 +43,10 @@ def notebook_lines() -> list[str]:
             for line in lines]
 
 
-@pytest.mark.parametrize("line", script_lines(README + MODEL_CARD + READING) + notebook_lines())
+PAGES = README + MODEL_CARD + READING + CODES
+
+
+@pytest.mark.parametrize("line", script_lines(PAGES) + notebook_lines())
 def test_every_documented_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)

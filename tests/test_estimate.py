@@ -29,6 +29,19 @@ def test_estimate_grows_with_steps_and_with_what_is_trained(
     assert STARTUP < estimate.seconds(job(tmp_path, "generate.py")) < lora
 
 
+def test_fewer_examples_and_shorter_ones_take_less(
+    config: TrainConfig, questions: str, tmp_path: Path
+) -> None:
+    config = replace(config, task="python_codes", dataset=questions)
+    whole = Estimate(config, 1, [])
+    fewer = Estimate(replace(config, test_size=1), 1, [])
+    shorter = Estimate(replace(config, block_size=32), 1, [])
+    score = job(tmp_path, "generate.py", lora_rank=0)
+    fewer.rate = shorter.rate = whole.rate  # it is measured anew each time
+    assert fewer.seconds(score) < whole.seconds(score)
+    assert shorter.training(job(tmp_path)) < whole.training(job(tmp_path))
+
+
 def test_longer_prompt_takes_longer(config: TrainConfig, tmp_path: Path) -> None:
     estimate = Estimate(config, 1, [])
     shared, own = (estimate.training(job(tmp_path, prompt=prompt)) for prompt in

@@ -15,17 +15,9 @@ import pytest
 import yaml
 
 from configurator import configure
-from experiments import (
-    FACTORS,
-    ExperimentsConfig,
-    check,
-    jobs_by_question,
-    main,
-    plan,
-    plan_jobs,
-    select,
-)
+from experiments import check, jobs_by_question, main, plan_jobs, select
 from generate import GenerateConfig
+from plans import ExperimentsConfig, plan
 from runlog import read_metrics
 from train import TrainConfig
 
@@ -35,35 +27,6 @@ QUESTIONS = plan(CONFIG)
 JOBS = plan_jobs(CONFIG, QUESTIONS)
 BY_QUESTION = jobs_by_question(QUESTIONS, JOBS)
 VARIANTS = {variant.name: variant for row in QUESTIONS.values() for variant in row}
-
-
-def changes(question: str) -> list[dict]:
-    return [dict(variant.changes) for variant in QUESTIONS[question]]
-
-
-def test_plan_has_the_homeworks_ranks_and_alphas() -> None:
-    pairs = [(each["lora_rank"], each.get("lora_alpha")) for each in changes("curves")]
-    assert pairs == [(16, 64), (128, 512), (196, 784), (0, None)]
-    assert changes("curves")[-1]["dropout"] == 0.05
-    assert [(each["lora_rank"], each.get("lora_alpha")) for each in changes("alpha")] == [
-        (16, 64), (16, 256), (0, None)]
-    assert [each.get("prompt") for each in changes("prompts")] == [
-        None, "terse", "detailed", "question"]
-
-
-def test_grid_crosses_rates_with_alphas() -> None:
-    pairs = {(each["learning_rate"], each["lora_alpha"]) for each in changes("grid")}
-    assert pairs == {(2.5e-4 * factor, alpha) for factor in FACTORS for alpha in (16, 64, 256)}
-    assert len(changes("grid")) == 9
-
-
-def test_a_name_is_a_kind_of_run_and_a_kind_has_one_name() -> None:
-    kinds: dict[str, dict] = {}
-    for question, variants in QUESTIONS.items():
-        for variant in variants:
-            kind = dict(variant.changes) | {"zero_shot": question == "zero_shot"}
-            assert kinds.setdefault(variant.name, kind) == kind
-    assert len({json.dumps(kind, sort_keys=True) for kind in kinds.values()}) == len(kinds)
 
 
 def test_each_run_has_a_folder_and_a_seed_of_its_own() -> None:
@@ -91,17 +54,6 @@ def test_other_settings_are_another_run_but_logging_is_not() -> None:
     for change in ({"max_iters": 81}, {"dataset": "movie_reviews"}, {"init_from": "gpt2"},
                    {"learning_rate": 1e-3}, {"prompt": "terse"}, {"seed": 1}):
         assert folder(**change) != folder()
-
-
-def test_own_prompt_is_the_first_of_the_prompts() -> None:
-    config = replace(CONFIG, prompt="Good or bad? {text}")
-    questions = plan(config)
-    assert [variant.label for variant in questions["prompts"]] == [
-        f"prompt: {name}" for name in (
-            "Good or bad? {text}", "default", "terse", "detailed", "question")]
-    assert len(questions["zero_shot"]) == 5
-    every = [job for row in plan_jobs(config, questions).values() for job in row]
-    assert len({job.folder for job in every}) == len(every)
 
 
 def test_only_takes_questions_and_runs_once_each() -> None:

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from dataloader import get_tokenizer
 from export import export_model
 from lora import lora_layers
 from model import GPT
+from tokenizer import get_tokenizer
 
 
 @pytest.fixture(params=["split", "shared", "none"])

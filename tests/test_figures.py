@@ -3,7 +3,14 @@
 import numpy as np
 from matplotlib.colors import to_rgba
 
-from figures import STYLES, accuracy_dots, heat_map, rate_lines, validation_curves
+from figures import (
+    STYLES,
+    accuracy_dots,
+    heat_map,
+    length_histograms,
+    rate_lines,
+    validation_curves,
+)
 from scores import wilson_interval
 
 RUNS = [[{"iteration": 0, "validation_loss": 9.0, "validation_accuracy": 0.0},
@@ -58,3 +65,11 @@ def test_rates_are_sorted_on_a_logarithmic_axis() -> None:
     figure.canvas.draw()
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert ticks == ["0.001", "0.004"]
+
+
+def test_lengths_are_counted_and_the_longest_sequence_is_marked_where_it_matters() -> None:
+    questions, answers = length_histograms([5, 5, 7], [90, 300, 300, 300], 256).axes
+    assert sum(bar.get_height() for bar in questions.patches) == 3
+    assert max(bar.get_height() for bar in answers.patches) == 3
+    assert not questions.lines
+    assert list(answers.lines[0].get_xdata()) == [256, 256]

@@ -1,184 +1,37 @@
-"""What a model says is scored as defined, and batches, caches and merging change none of it."""
+"""What a model says is scored as defined, from checkpoints that are what was saved."""
 
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from made_models import POSITIVE, assert_same, make_sampler, shaken, stubborn
 
 import generate
 from checkpoint import read_json, save_adapter, write_json
 from configurator import configure, run_script
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import SentimentTask
 from generate import (
     GenerateConfig,
-    ModelSampler,
     make_loader,
     results_suffix,
     score,
 )
 from lora import lora_layers
-from model import GPT, GPTConfig, build_model, load_checkpoint
+from model import GPT, build_model, load_checkpoint
+from sampler import ModelSampler
 from scores import Prediction, summarize
 
 CPU = torch.device("cpu")
-END, POSITIVE, NEGATIVE = 50256, 3967, 4633
 SETTINGS = {
-    "dataset": "rotten_tomatoes", "prompt": "terse", "block_size": 0, "train_size": 0, "seed": 0,
+    "task": "sentiment", "dataset": "rotten_tomatoes", "prompt": "terse", "block_size": 0,
+    "train_size": 0, "test_size": 0, "seed": 0,
     "lora_rank": 2, "lora_alpha": 3.0, "lora_dropout": 0.0, "lora_qkv": "split",
     "lora_targets": "c_attn, mlp.c_fc", "dropout": 0.0, "init_from": "gpt2-mini",
     "dtype": "float32",
 }
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
-
-
-def shaken(model: GPT) -> GPT:
-    """Make every parameter count, and the two labels and end-of-text likely answers."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        one, other = 2 * torch.randn(2, model.config.n_embd)
-        model.transformer.wte.weight[[POSITIVE, NEGATIVE, END]] = torch.stack((one, -one, other))
-    return model
-
-
-@pytest.fixture
-def model() -> GPT:
-    """A random GPT-2 of the real vocabulary, with adapters, whose answers depend on the text."""
-    torch.manual_seed(1)
-    return shaken(GPT(GPTConfig(
-        block_size=128, n_layer=2, n_head=2, n_embd=16, lora_rank=2, lora_alpha=3.0
-    )))
-
-
-def stubborn(model: GPT, token: int) -> GPT:
-    """Make `model` say `token` whatever it is asked."""
-    with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.fill_(1)
-        model.transformer.wte.weight[token] = 5
-    return model
-
-
-def make_sampler(
-    model: GPT, dataset: str = "", prompt: str = "terse", share_prefix: bool = True, **changes: Any
-) -> ModelSampler:
-    task, block_size = SentimentTask(prompt), model.config.block_size
-    loader = CustomDataLoader(dataset, task, block_size, share_prefix=share_prefix)
-    return ModelSampler(model, loader, **changes)
-
-
-def assert_same(predictions: list[Prediction], expected: list[Prediction]) -> None:
-    assert [p[:2] for p in predictions] == [p[:2] for p in expected]
-    close([p.label_logprobs for p in predictions], [p.label_logprobs for p in expected])
-
-
-# --- figures ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt", ["terse", "question", "{text} Label:"])
-def test_batches_and_caches_change_no_prediction_and_no_order(
-    model: GPT, reviews: str, prompt: str
-) -> None:
-    alone = make_sampler(model, reviews, prompt, batch_size=1, share_prefix=False)
-    records = alone.loader.records("train")
-    expected = [alone.predict_labels([record])[0] for record in records]
-    assert {prediction.label for prediction in expected} == {-1, 0, 1}
-    assert len({prediction.generated for prediction in expected}) > 5
-    for batch_size in (1, 5, 64):
-        for share_prefix in (True, False):
-            sampler = make_sampler(model, reviews, prompt, share_prefix, batch_size=batch_size)
-            assert_same(sampler.predict_labels(records), expected)
-            assert_same(sampler.predict_labels(records[::-1]), expected[::-1])
-
-
-def test_label_odds_are_those_of_a_plain_forward(model: GPT, reviews: str) -> None:
-    sampler = make_sampler(model, reviews)
-    records = sampler.loader.records("train")
-    predictions = sampler.predict_labels(records)
-    for record, prediction in zip(records, predictions, strict=True):
-        logits = model(torch.tensor([sampler.loader.encode_prompt(record)]))[0][0, -1]
-        expected = logits.log_softmax(dim=-1)[[NEGATIVE, POSITIVE]]
-        close(torch.tensor(prediction.label_logprobs), expected)
-
-
-def test_greedy_answers_equal_those_of_transformers(
-    model: GPT, reviews: str, tmp_path: Path
-) -> None:
-    model.save_pretrained(tmp_path)
-    reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    sampler = make_sampler(model, reviews, max_new_tokens=7)
-    records = sampler.loader.records("train")
-    predictions = sampler.predict_labels(records)
-    for record, prediction in zip(records, predictions, strict=True):
-        ids = torch.tensor([sampler.loader.encode_prompt(record)])
-        said = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False,
-            eos_token_id=END, pad_token_id=END,
-        )[0, ids.size(1) :].tolist()
-        words = sampler.loader.tokenizer.decode([token for token in said if token != END])
-        assert prediction.generated == words
-        assert prediction.label == sampler.loader.task.parse(words)
-    assert len({prediction.generated for prediction in predictions}) > 5
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_adapters_are_merged_while_scoring_and_only_then(
-    model: GPT, reviews: str, training: bool
-) -> None:
-    model.train(training)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    merged = []
-    model.transformer.h[0].register_forward_hook(
-        lambda *_: merged.extend(layer.has_weights_merged for layer in lora_layers(model).values())
-    )
-    sampler = make_sampler(model, reviews)
-    sampler.predict_labels(sampler.loader.records("test"))
-    assert merged
-    assert all(merged)
-    assert model.training == model.transformer.h[1].mlp.training == training
-    assert {layer.has_weights_merged for layer in lora_layers(model).values()} == {not training}
-    equal(dict(model.state_dict()), before)
-
-
-def test_answer_of_nothing_is_garbage(model: GPT) -> None:
-    (prediction,) = make_sampler(stubborn(model, END)).predict_labels([{"text": "dull"}])
-    assert prediction[:2] == ("", -1)
-    assert all(-1000 < logprob < -50 for logprob in prediction.label_logprobs)
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 12])
-@pytest.mark.parametrize(("token", "word", "label"), [(POSITIVE, " positive", 1), (257, " a", -1)])
-def test_answer_is_as_long_as_allowed(
-    model: GPT, tokens: int, token: int, word: str, label: int
-) -> None:
-    sampler = make_sampler(stubborn(model, token), max_new_tokens=tokens)
-    predictions = sampler.predict_labels([{"text": "dull"}, {"text": "dull film " * 1000}])
-    assert [prediction[:2] for prediction in predictions] == [(word * tokens, label)] * 2
-
-
-def test_sampled_answers_depend_on_the_seed_alone(model: GPT, reviews: str) -> None:
-    records = make_sampler(model, reviews).loader.records("test")
-
-    def sample(seed: int, **settings: Any) -> list[str]:
-        torch.manual_seed(seed)
-        predictions = make_sampler(model, reviews, **settings).predict_labels(records)
-        return [prediction.generated for prediction in predictions]
-
-    assert sample(1, temperature=1.0) == sample(1, temperature=1.0) != sample(2, temperature=1.0)
-    assert sample(1, temperature=1.0, top_k=1) == sample(1) == sample(2)
-
-
-def test_sampled_tokens_are_among_the_likeliest(model: GPT) -> None:
-    sampler = make_sampler(model, temperature=9.0, top_k=2, max_new_tokens=1)
-    record = {"text": "a fine film"}
-    logits = model(torch.tensor([sampler.loader.encode_prompt(record)]))[0][0, -1]
-    likeliest = {sampler._text([token]) for token in logits.topk(2).indices.tolist()}
-    assert {said.generated for said in sampler.predict_labels([record] * 40)} == likeliest
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -195,7 +48,7 @@ def test_score_writes_what_it_returns(model: GPT, tmp_path: Path) -> None:
     assert read_json(tmp_path / "best/results-here.json") == json.loads(json.dumps(results))
     lines = (tmp_path / "best/predictions-here.jsonl").read_text().split("\n")
     assert lines.pop() == ""
-    predictions = sampler.predict_labels(records)
+    predictions = sampler.predict(records)
     assert [json.loads(line) for line in lines] == [
         {"text": record["text"], "truth": record["label"], **prediction._asdict()}
         for record, prediction in zip(records, predictions, strict=True)
@@ -207,13 +60,15 @@ def test_score_writes_what_it_returns(model: GPT, tmp_path: Path) -> None:
 
 
 def suffix(*arguments: str) -> str:
-    return results_suffix(configure(GenerateConfig, list(arguments)), SETTINGS)
+    settings = SETTINGS | {"test_size": 3}
+    return results_suffix(configure(GenerateConfig, list(arguments)), settings, 5)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [[], ["split=test", "prompt=terse", "dataset=rotten_tomatoes"], ["batch_size=1", "seed=3"],
-     ["temperature=0", "top_k=9"], ["temperature=2", "top_k=1"], ["max_new_tokens=5"]],
+     ["temperature=0", "top_k=9"], ["temperature=2", "top_k=1"], ["max_new_tokens=5"],
+     ["limit=3"], ["task=sentiment"]],
 )
 def test_own_settings_of_the_run_give_the_plain_name(arguments: list[str]) -> None:
     assert suffix(*arguments) == ""
@@ -225,7 +80,11 @@ def test_other_settings_give_names_that_differ() -> None:
         ["prompt=default"], ["prompt=detailed"], ["prompt={text} Good? Label:"],
         ["temperature=1"], ["temperature=0.7"], ["temperature=1", "seed=2"],
         ["temperature=1", "top_k=5"], ["split=validation", "prompt=default"],
-        ["split=validation", "dataset=movie_reviews"], ["max_new_tokens=6"],
+        ["split=validation", "dataset=movie_reviews"], ["max_new_tokens=6"], ["limit=6"],
+        ["block_size=64"], ["task=python_codes"], ["split=validation", "limit=3"],
+        ["task=python_codes", "dataset=rotten_tomatoes"], ["task=python_codes", "prompt=terse"],
+        ["dataset=validation"], ["dataset=limit6"], ["dataset=float16"], ["dtype=float16"],
+        ["task=python_codes", "dataset=validation"], ["limit=0"],
     )
     names = [suffix(*change) for change in changes]
     assert len({"", *names}) == len(changes) + 1
@@ -321,7 +180,7 @@ def test_best_and_last_of_a_run_are_scored_with_its_own_settings(
         save_adapter(adapted, tmp_path / name, checkpoint)
         run(f"out_dir={tmp_path}", f"checkpoint={name}", "dtype=auto")
         sampler = ModelSampler(adapted, make_loader(settings, adapted))
-        expected = sampler.predict_labels(sampler.loader.records("test"))
+        expected = sampler.predict(sampler.loader.records("test"))
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         found = [Prediction(*list(json.loads(line).values())[2:]) for line in lines]
         assert_same(found, expected)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataloader import SentimentTask, get_tokenizer
+from dataloader import SentimentTask
 from generate import ModelSampler, make_loader
 from measure import (
     Contender,
@@ -19,6 +19,7 @@ from measure import (
     spread,
 )
 from model import GPT
+from tokenizer import get_tokenizer
 from train import TrainConfig
 
 
@@ -31,7 +32,7 @@ def test_random_model_answers_as_a_fine_tuned_one(settings: dict[str, Any]) -> N
     with random_checkpoint("gpt2-mini", seed=0) as folder:
         model = GPT.from_pretrained(folder)
         loader = make_loader(settings, model)
-        answers = ModelSampler(model, loader).predict_labels(loader.records("test"))
+        answers = ModelSampler(model, loader).predict(loader.records("test"))
     assert {answer.generated for answer in answers} == {" positive"}
     idx = torch.tensor([get_tokenizer().encode_ordinary("Label: positive")])
     assert model.generate(idx, 3, temperature=0)[0, -1] == get_tokenizer().eot_token

@@ -1,29 +1,18 @@
 """The report tells what the runs' folders hold, and what became of those that failed."""
 
 import json
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import cells, make_run, missing, row
 
 from checkpoint import write_json
 from jobs import Job
-from report import (
-    Row,
-    accuracy_table,
-    difference,
-    interval,
-    load_run,
-    mean_and_deviation,
-    plain,
-    sections,
-    shares,
-    write_report,
-)
+from report import accuracy_table, difference, interval, sections, shares, write_report
+from rows import Row, load_run
 from scores import wilson_interval
 from train import TrainConfig
 
@@ -38,39 +27,6 @@ class ReportConfig(TrainConfig):
 @pytest.fixture
 def config(tmp_path: Path) -> ReportConfig:
     return ReportConfig(init_from="gpt2-mini", report_dir=str(tmp_path / "report"))
-
-
-def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Job:
-    """Leave what a run leaves that told `right` reviews right: a 1 or 0 for each."""
-    hits = [mark == "1" for mark in right]
-    for name, told in (("best", hits), ("last", [False] * len(hits))):
-        accuracy = sum(told) / len(told)
-        write_json(folder / name / "results.json", {
-            "accuracy": accuracy, "n": len(told), "garbage": len(told) - sum(told)})
-        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1} for hit in told]
-        (folder / name / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "best" / "adapter_model.safetensors").write_bytes(b"0" * 2_500_000)
-    write_json(folder / "config.json", {
-        "settings": asdict(TrainConfig()) | settings, "device": "cpu", "dtype": "float32",
-        "processor": "a chip", "parameters": {"trained": 5, "total": 1000}, "commit": "abc",
-        "validation_reviews": 7})
-    lines = [{"iteration": 0, "validation_loss": 9.0, "validation_accuracy": 0.0, "memory_mib": 64},
-             {"iteration": 0, "train_loss": 9.0, "reviews_per_second": 64.0},
-             {"iteration": 40, "validation_loss": loss, "validation_accuracy": 0.5,
-              "memory_mib": 2048},
-             {"iteration": 80, "validation_loss": loss + 1, "validation_accuracy": 0.4,
-              "memory_mib": 1024}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Job(folder.name, "train.py", settings, folder, "last/results.json")
-
-
-def missing(folder: Path) -> Job:
-    return Job(folder.name, "train.py", {}, folder, "last/results.json")
-
-
-def row(label: str, *jobs: Job, errors: dict[str, str] | None = None, **changes: Any) -> Row:
-    return Row(label, {"lora_rank": 16, "lora_alpha": 64.0, "learning_rate": 1e-3} | changes,
-               jobs, errors or {})
 
 
 @pytest.fixture
@@ -88,11 +44,6 @@ def questions(tmp_path: Path) -> dict[str, list[Row]]:
     zero = Job("zero", "generate.py", {}, tmp_path / "zero", "zero_shot-*/results*.json")
     return {"shares": [], "zero_shot": [Row("default", {"prompt": "default"}, [zero], {})],
             **{name: [lora] if name == "grid" else [lora, full] for name in QUESTIONS[2:]}}
-
-
-def cells(lines: list[str]) -> list[list[str]]:
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for line in lines if line.startswith("|") and not line.startswith("|--")]
 
 
 def test_accuracy_is_mean_deviation_and_interval_of_best_and_last(
@@ -115,16 +66,6 @@ def test_difference_is_paired_by_review(tmp_path: Path) -> None:
     half = 1.96 * gaps.std(ddof=1) / 2
     assert difference(mine, theirs) == f"+0.375 ± {half:.3f}"
     assert difference(theirs, theirs) == "+0.000 ± 0.000"
-
-
-def test_mean_of_one_seed_has_no_deviation() -> None:
-    assert mean_and_deviation([0.81234]) == "0.812"
-    assert mean_and_deviation([1.0, 3.0], digits=1) == "2.0 ± 1.4"
-
-
-def test_best_loss_is_the_lowest_after_the_start(tmp_path: Path) -> None:
-    run = load_run(make_run(tmp_path / "run", "10", loss=9.5).folder)
-    assert run.validation_loss == 9.5  # step 0, at 9.0, is no candidate
 
 
 def test_failed_and_missing_runs_stand_in_their_rows(tmp_path: Path) -> None:
@@ -252,5 +193,3 @@ def test_interrupted_run_is_told_as_such(tmp_path: Path) -> None:
     assert (half[1], told[1]) == ("0 of 1: interrupted", "0 of 1: failed: out of luck")
 
 
-def test_any_text_fits_into_a_cell() -> None:
-    assert plain("a|b\n <i> *c* [d](e)") == "a\\|b &lt;i&gt; \\*c\\* \\[d](e)"

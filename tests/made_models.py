@@ -1,0 +1,50 @@
+"""Random models whose answers are worth comparing, and samplers of them."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from dataloader import CustomDataLoader, PythonCodesTask, SentimentTask
+from model import GPT
+from sampler import ModelSampler
+from scores import Prediction
+
+END, POSITIVE, NEGATIVE = 50256, 3967, 4633
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def shaken(model: GPT) -> GPT:
+    """Make every parameter count, and the two labels and end-of-text likely answers."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        one, other = 2 * torch.randn(2, model.config.n_embd)
+        model.transformer.wte.weight[[POSITIVE, NEGATIVE, END]] = torch.stack((one, -one, other))
+    return model
+
+
+def stubborn(model: GPT, token: int) -> GPT:
+    """Make `model` say `token` whatever it is asked."""
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[token] = 5
+    return model
+
+
+def make_sampler(
+    model: GPT, dataset: str = "", prompt: str = "terse", share_prefix: bool = True, **changes: Any
+) -> ModelSampler:
+    task, block_size = SentimentTask(prompt), model.config.block_size
+    loader = CustomDataLoader(dataset, task, block_size, share_prefix=share_prefix)
+    return ModelSampler(model, loader, **changes)
+
+
+def assert_same(predictions: list[Prediction], expected: list[Prediction]) -> None:
+    assert [p[:2] for p in predictions] == [p[:2] for p in expected]
+    close([p.label_logprobs for p in predictions], [p.label_logprobs for p in expected])
+
+
+def loader_of(dataset: str, block_size: int = 128, **changes: Any) -> CustomDataLoader:
+    return CustomDataLoader(dataset, PythonCodesTask(), block_size, **changes)

@@ -1,0 +1,50 @@
+"""Folders as finished runs leave them, for the tests of the report."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from checkpoint import write_json
+from jobs import Job
+from rows import Row
+from train import TrainConfig
+
+
+def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Job:
+    """Leave what a run leaves that told `right` reviews right: a 1 or 0 for each."""
+    hits = [mark == "1" for mark in right]
+    for name, told in (("best", hits), ("last", [False] * len(hits))):
+        accuracy = sum(told) / len(told)
+        write_json(folder / name / "results.json", {
+            "accuracy": accuracy, "n": len(told), "garbage": len(told) - sum(told)})
+        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1} for hit in told]
+        (folder / name / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "best" / "adapter_model.safetensors").write_bytes(b"0" * 2_500_000)
+    write_json(folder / "config.json", {
+        "settings": asdict(TrainConfig()) | settings, "device": "cpu", "dtype": "float32",
+        "processor": "a chip", "parameters": {"trained": 5, "total": 1000}, "commit": "abc",
+        "validation_reviews": 7})
+    lines = [{"iteration": 0, "validation_loss": 9.0, "validation_accuracy": 0.0, "memory_mib": 64},
+             {"iteration": 0, "train_loss": 9.0, "reviews_per_second": 64.0},
+             {"iteration": 40, "validation_loss": loss, "validation_accuracy": 0.5,
+              "memory_mib": 2048},
+             {"iteration": 80, "validation_loss": loss + 1, "validation_accuracy": 0.4,
+              "memory_mib": 1024}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Job(folder.name, "train.py", settings, folder, "last/results.json")
+
+
+def missing(folder: Path) -> Job:
+    return Job(folder.name, "train.py", {}, folder, "last/results.json")
+
+
+def row(label: str, *jobs: Job, errors: dict[str, str] | None = None, **changes: Any) -> Row:
+    return Row(label, {"lora_rank": 16, "lora_alpha": 64.0, "learning_rate": 1e-3} | changes,
+               jobs, errors or {})
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in lines if line.startswith("|") and not line.startswith("|--")]
