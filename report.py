@@ -43,7 +43,8 @@ table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 
 th, td { border-bottom: 1px solid #bbb; padding: .3em .7em; text-align: right }
 th:first-child, td:first-child, pre { text-align: left } td { vertical-align: top }
 img { max-width: 100% }
-pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }"""
+pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }
+td pre { white-space: pre-wrap; overflow-wrap: anywhere; width: 22em; margin: 0 }"""
 
 
 def interval(accuracy: float, n: int) -> str:

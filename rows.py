@@ -73,7 +73,7 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What answers a question; `basis` is the reviews and the seeds that it rests on."""
+    """What answers a question; `basis` is the examples and the seeds that it rests on."""
 
     title: str
     basis: str
