@@ -72,7 +72,8 @@ def _splits(dataset: str) -> dict[str, list[Record]]:
     else:
         splits = split_by_answer(prepare(read_rows(dataset), dataset))
     if empty := [split for split in SPLITS if not splits[split]]:
-        raise ValueError(f"{dataset}: the {empty[0]} split is empty")
+        raise ValueError(f"{dataset}: the {empty[0]} split is empty; without split files it takes "
+                         "ten rows with different answers")
     return splits
 
 
@@ -223,7 +224,7 @@ def summarize(outputs: Sequence[str], predictions: Sequence[CodePrediction]) -> 
         array = np.array(values, dtype=float)
         results[name] = float(array.mean())
         intervals[name] = bootstrap(len(outputs), lambda chosen, a=array: a[chosen].mean(-1))
-    lengths = [len(encoded) for encoded in get_tokenizer().encode_ordinary_batch(list(outputs))]
+    lengths = [len(get_tokenizer().encode_ordinary(output)) for output in outputs]
     return results | {"reference_tokens": float(np.mean(lengths)), "interval_95": intervals}
 
 
