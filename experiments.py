@@ -28,8 +28,8 @@ from dataloader import make_task
 from estimate import Estimate
 from generate import GenerateConfig, dataset_of
 from jobs import Job, run_jobs
-from plans import ExperimentsConfig, Variant, plan
-from report import classifies, write_report
+from plans import ExperimentsConfig, Variant, classifies, plan
+from report import write_report
 from rows import Row
 from runlog import FINISHED, FREE_SETTINGS
 from scores import table

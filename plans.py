@@ -12,6 +12,7 @@ from tasks import ClassificationTask
 from train import TrainConfig, WandbMode
 
 ALL_LINEAR = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
+RANKS = {True: (16, 128, 196), False: (8, 64)}  # by whether the task classifies
 FACTORS = (0.25, 1.0, 4.0)  # by which the learning rates are multiplied
 
 
@@ -47,9 +48,11 @@ class Variant(NamedTuple):
 
 def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     """Return the variants of each question; those of one name are one and the same."""
-    if issubclass(TASKS[config.task], ClassificationTask):
-        return plan_classification(config)
-    return plan_generation(config)
+    return plan_classification(config) if classifies(config) else plan_generation(config)
+
+
+def classifies(config: TrainConfig) -> bool:
+    return issubclass(TASKS[config.task], ClassificationTask)
 
 
 def rates(config: ExperimentsConfig, peak: float, factor: float) -> dict[str, float]:
@@ -86,7 +89,8 @@ def plan_generation(config: ExperimentsConfig) -> dict[str, list[Variant]]:
         "shares": [],
         "answers": [
             untrained(config, "base, untouched", config.prompt),
-            lora("LoRA r=8, α=32", rank=8, alpha=32.0), lora("LoRA r=64, α=256"), tuned(config),
+            *(lora(f"LoRA r={r}, α={4 * r}", rank=r, alpha=4.0 * r) for r in RANKS[False]),
+            tuned(config),
         ],
         "targets": [
             lora("r=64, q, k, v"),
@@ -105,7 +109,8 @@ def plan_classification(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     return {
         "shares": [],
         "zero_shot": [untrained(config, prompt, prompt) for prompt in prompts],
-        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in (16, 128, 196)), full()],
+        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in RANKS[True]),
+                   full()],
         "alpha": [lora("LoRA r=16, α=64"), lora("LoRA r=16, α=256", alpha=256.0), full()],
         "prompts": [lora(f"prompt: {config.prompt}"), *(
             lora(f"prompt: {name}", suffix=f"_{name}", prompt=name) for name in prompts[1:])],

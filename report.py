@@ -18,6 +18,7 @@ from dataloader import find_task
 from figures import accuracy_dots, heat_map, rate_lines, validation_curves
 from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES, GPTConfig
+from plans import RANKS, classifies
 from rows import (
     Row,
     Section,
@@ -28,14 +29,12 @@ from rows import (
     losses,
     mean_and_deviation,
     plain,
-    read_predictions,
+    predictions_beside,
 )
 from runlog import training_seconds
 from scores import markdown_table, wilson_interval
-from tasks import ClassificationTask
 from train import TrainConfig
 
-RANKS = {True: (16, 128, 196), False: (8, 64)}  # of the plan, by whether the task classifies
 # The questions whose runs differ in what they cost.
 PRICED = ("curves", "prompts", "layers", "answers", "targets")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -94,10 +93,6 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
     return markdown_table(lines)
 
 
-def classifies(config: TrainConfig) -> bool:
-    return issubclass(find_task(config.task), ClassificationTask)
-
-
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
     ranks = RANKS[classifies(config)]
     titles = ["model", "all weights", *(f"r = {rank}" for rank in ranks)]
@@ -140,8 +135,7 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
 
 def verbatim(results: Path) -> list[str]:
     """Return six reviews, spread over the test split, each with the answer it got."""
-    name = "predictions" + results.stem.removeprefix("results") + ".jsonl"
-    predictions = read_predictions(results.with_name(name))
+    predictions = predictions_beside(results)
     return [f"{row['text'][:60]!r:64} -> {row['generated']!r}"
             for row in predictions[:: max(1, len(predictions) // 6)][:6]]
 

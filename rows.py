@@ -96,6 +96,12 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def predictions_beside(results: Path) -> list[dict[str, Any]]:
+    """Return the predictions that a file of results sums up."""
+    name = "predictions" + results.stem.removeprefix("results") + ".jsonl"
+    return read_predictions(results.with_name(name))
+
+
 def plain(text: str) -> str:
     """Make any text fit into a cell of a table, to be read as it stands."""
     return re.sub(r"([|*_`\[\\])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

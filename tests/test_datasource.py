@@ -157,7 +157,7 @@ def test_missing_split_names_the_forms_it_may_have(tmp_path: Path) -> None:
         read(tmp_path, "validation")
 
 
-@pytest.mark.parametrize("dataset", ["rotten", "no/such/folder", "movie-reviews"])
+@pytest.mark.parametrize("dataset", ["rotten", "no/such/folder", "movie-reviews", "python_codes"])
 def test_unknown_data_set_is_refused_and_names_the_known(dataset: str) -> None:
     known = r"rotten_tomatoes \(from the hub\), movie_reviews \(offline\) or a folder with {train,"
     with pytest.raises(ValueError, match=f"dataset='{dataset}' must be {known}"):

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import devices
 from devices import resolve_device, resolve_dtype
-from report import read_predictions
+from rows import read_predictions
 from runlog import read_metrics
 from train import Run, TrainConfig, train
 
@@ -76,8 +77,9 @@ def test_process_that_dies_ends_the_job_with_a_line(config: TrainConfig) -> None
     assert "error: another process of this job has ended" in errors
 
 
-def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) -> None:
-    train(replace(config, max_iters=2))
+def scored_alone_and_by_two(config: TrainConfig) -> list[dict[str, Any]]:
+    """The results of the best checkpoint: the run's own, and those of two processes."""
+    train(config)
     results = Path(config.out_dir, "best", "results.json")
     expected = json.loads(results.read_text())
     results.unlink()
@@ -85,7 +87,11 @@ def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1  # only rank 0 writes
-    found = json.loads(results.read_text())
+    return [expected, json.loads(results.read_text())]
+
+
+def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) -> None:
+    expected, found = scored_alone_and_by_two(replace(config, max_iters=2))
     assert found["n"] == expected["n"]
     assert found["confusion"] == expected["confusion"]
 
@@ -94,14 +100,7 @@ def test_two_processes_share_long_answers_and_their_likelihood(
     config: TrainConfig, questions: str
 ) -> None:
     config = replace(config, task="python_codes", dataset=questions, max_iters=2, block_size=64)
-    train(config)
-    results = Path(config.out_dir, "best", "results.json")
-    expected = json.loads(results.read_text())
-    results.unlink()
-    command = torchrun(config, "generate.py", init_from="resume", out_dir=config.out_dir)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(results.read_text())
+    expected, found = scored_alone_and_by_two(config)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert (found["n"], found["chrf"]) == (4, expected["chrf"])
 

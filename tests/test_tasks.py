@@ -18,7 +18,7 @@ from experiments import check
 from generate import GenerateConfig, make_loader
 from model import GPT, GPTConfig
 from plans import ExperimentsConfig
-from report import read_predictions
+from rows import read_predictions
 from runlog import is_finished, read_metrics
 from sampler import ModelSampler
 from tasks import ClassificationTask
