@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
+#: The checkout, which holds `assets/` and `config/`.
+ROOT = Path(__file__).parent
 ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
 KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
 Config = TypeVar("Config")
@@ -25,9 +27,13 @@ class Bounds(NamedTuple):
 
 
 def configure(
-    cls: type[Config], argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+    cls: type[Config], argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None,
+    description: str | None = None,
 ) -> Config:
     """Build `cls` from `defaults` and `argv` (the command line), read from left to right.
+
+    `--help` prints `description`, by default the docstring of the module that declares `cls`.
+    A config file is looked up in the working directory, then in the checkout.
 
     Raises ValueError for an unknown name, a value of the wrong type or range, or a bad config
     file; the message names the value, its place and what is allowed.
@@ -39,7 +45,7 @@ def configure(
         raise ValueError(f"saved by another version: unknown {', '.join(sorted(unknown))}")
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
-            print(_help(cls, hints))
+            print(_help(cls, hints, description or sys.modules[cls.__module__].__doc__ or ""))
             raise SystemExit(0)
         for place, name, text in _assignments(argument):
             name = ALIASES.get(name, name)
@@ -55,7 +61,7 @@ def run_script(main: Callable[[Config], object], cls: type[Config]) -> None:
     That is: a bad value (ValueError), a file or network (OSError), a diverging loss.
     """
     try:
-        main(configure(cls))
+        main(configure(cls, description=sys.modules[main.__module__].__doc__))
     except (ValueError, OSError, FloatingPointError) as error:
         print("error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
         raise SystemExit(2) from None
@@ -70,11 +76,13 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
         yield "command line", name.removeprefix("--").replace("-", "_"), text
     elif argument.startswith("-"):
         raise ValueError(f"command line: {argument} needs a value, as in {argument}=...")
-    elif not Path(argument).is_file():
+    elif Path(argument).is_file():
+        yield from _read_file(argument)
+    elif (ROOT / argument).is_file():
+        yield from _read_file(str(ROOT / argument))
+    else:
         hint = _suggest(argument, [str(path) for path in Path(argument).parent.glob("*.py")])
         raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")
-    else:
-        yield from _read_file(argument)
 
 
 def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
@@ -126,9 +134,9 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _help(cls: type, hints: dict[str, Any]) -> str:
+def _help(cls: type, hints: dict[str, Any], description: str) -> str:
     """List every setting of `cls` with its default and the reason that stands beside it."""
-    lines = [sys.modules[cls.__module__].__doc__ or "", "Settings (key=value or config/NAME.py):"]
+    lines = [description, "Settings (key=value or config/NAME.py):"]
     for field in fields(cls):  # type: ignore[arg-type]
         kind, reason, *_ = get_args(hints[field.name])
         choices = f" (one of {', '.join(get_args(kind))})" if get_args(kind) else ""

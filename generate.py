@@ -10,34 +10,42 @@ python generate.py init_from=gpt2-medium task=python_codes
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from checkpoint import atomic_write, write_json
+from checkpoints.files import atomic_write, write_json
 from configurator import Bounds, run_script
-from dataloader import TASKS, CustomDataLoader, find_task, make_task
-from datasource import Record
-from devices import (
+from dataloader import TASKS, CustomDataLoader, collate, equal_parts, find_task, make_task, pad
+from methods.build import load_checkpoint
+from model import GPT, IGNORE
+from models.tokenizer import vocabulary_files
+from runtime.device import (
     DeviceConfig,
+    autocast,
     device_name,
+    out_of_memory_told,
+    resolve_dtype,
+    set_up_memory,
+)
+from runtime.processes import (
     end_processes,
     gather_shares,
     of_rank_zero,
-    out_of_memory_told,
     own_share,
     rank,
-    resolve_dtype,
-    set_up_memory,
     start_processes,
 )
-from export import export_model
-from model import GPT, load_checkpoint
-from runlog import read_run
-from sampler import ModelSampler
+from runtime.run_folder import read_run
+from tasks.scores import Completion
+from tasks.sources import Record
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,110 @@ UNTRAINED = {
     "seed": RunConfig.seed, "dtype": RunConfig.dtype, "block_size": 0, "train_size": 0,
     "test_size": 0,
 }
+
+
+class ModelSampler:
+    """Asks `model` the prompts of a task and reads its answers.
+
+    Prompts run in batches of similar length behind their cached common prefix, with the adapters
+    merged; a batch stops as soon as each of its rows has ended. `max_new_tokens=0` is the task's
+    own number, or half of the sequence if that is less.
+    """
+
+    def __init__(
+        self, model: GPT, loader: CustomDataLoader, dtype: torch.dtype = torch.float32,
+        batch_size: int = 64, max_new_tokens: int = 0, temperature: float = 0.0, top_k: int = 0,
+    ) -> None:
+        self.model, self.loader, self.dtype = model, loader, dtype
+        self.batch_size, self.temperature, self.top_k = batch_size, temperature, top_k
+        self.max_new_tokens = max_new_tokens or loader.longest_answer
+        self.choice_ids = [loader.tokenizer.encode_ordinary(choice)[0]
+                           for choice in loader.task.choices]
+        if len(set(self.choice_ids)) < len(self.choice_ids):
+            raise ValueError(f"two of {', '.join(loader.task.choices)} begin with the same token")
+
+    def predict(
+        self, records: Sequence[Record], progress: str = "", likelihood: bool = False
+    ) -> list[Any]:
+        """Return the task's prediction for each record, in the order of `records`.
+
+        With `likelihood` they tell how likely the model finds the right answers, too.
+        """
+        if not records:  # fewer records than processes
+            return []
+        room = max(self.loader.answer_room, self.max_new_tokens)
+        prompts = [self.loader.encode_prompt(record, room) for record in records]
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), autocast(self.model.device, self.dtype):
+            right = self._likelihoods(records) if likelihood else [(0.0, 0)] * len(records)
+            said = self._complete(prompts, progress)
+        self.model.train(was_training)
+        judge = self.loader.task.judge
+        return [judge(Completion(*one, *other)) for one, other in zip(said, right, strict=True)]
+
+    def _complete(self, prompts: list[list[int]], progress: str) -> list[tuple[Any, ...]]:
+        """Return for each prompt the text, its tokens, whether it ended, the choices' odds."""
+        prefix = self.loader.prefix(prompts)
+        past = self.model.prefill(self._tensor([prefix]).long())
+        own = [prompt[len(prefix) :] for prompt in prompts]
+        found: dict[int, tuple[Any, ...]] = {}
+        parts = self._by_length(own)
+        for batch in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
+            found.update(zip(batch, self._answer([own[i] for i in batch], past), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _by_length(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return batches of the numbers of `sequences`, shortest first."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        parts = equal_parts([len(sequences[i]) for i in order], self.batch_size)
+        return [order[part] for part in parts]
+
+    def _likelihoods(self, records: Sequence[Record]) -> list[tuple[float, int]]:
+        """Return the nats of each right answer, its end-of-text included, and its tokens."""
+        examples = [self.loader.encode(record) for record in records]
+        prefix = self.loader.prefix([example.prompt for example in examples])
+        past = self.model.prefill(self._tensor([prefix]).long())
+        found: dict[int, tuple[float, int]] = {}
+        for numbers in self._by_length([prompt + answer for prompt, answer in examples]):
+            batch = collate([examples[i] for i in numbers], prefix).to(self.model.device)
+            _, nats = self.model(batch.inputs, batch.targets, past, reduction="none")
+            tokens = (batch.targets != IGNORE).sum(dim=1).tolist()  # of each row's answer
+            for i, part in zip(numbers, nats.split(tokens), strict=True):
+                found[i] = part.sum().item(), len(part)
+        return [found[i] for i in range(len(records))]
+
+    def _answer(self, prompts: list[list[int]], past: Any) -> list[tuple[Any, ...]]:
+        """Complete `prompts`, what remains of them after the prefix that `past` holds."""
+        lengths = self._tensor([len(prompt) for prompt in prompts])
+        odds: list[list[float]] = []
+        tokens = []
+        for logits, token in self.model.stream(
+            self._tensor(pad(prompts, value=0)), self.max_new_tokens, self.temperature,
+            self.top_k, past, lengths,
+        ):
+            odds = odds or logits.log_softmax(dim=-1)[:, self.choice_ids].tolist()  # (B, choices)
+            tokens.append(token)
+        said = torch.cat(tokens, dim=1).tolist()  # (B, new tokens)
+        return [(*self._text(ids), row) for ids, row in zip(said, odds, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the answers depend on beside the weights."""
+        return {
+            "dataset": self.loader.dataset, "prompt": self.loader.task.template,
+            "dtype": str(self.dtype).removeprefix("torch."), "temperature": self.temperature,
+            "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
+            "block_size": self.loader.block_size,
+        }
+
+    def _text(self, ids: list[int]) -> tuple[str, int, bool]:
+        """Return the text up to end-of-text, its tokens, and whether it ended so."""
+        ended = self.loader.tokenizer.eot_token in ids
+        length = ids.index(self.loader.tokenizer.eot_token) if ended else len(ids)
+        return self.loader.tokenizer.decode(ids[:length]), length, ended
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(values, device=self.model.device)
 
 
 def score(
@@ -192,6 +304,25 @@ def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) ->
     """Resolve the dtype called `name`; auto is that of a saved `run` on hardware like its own."""
     own = run is not None and name == "auto" and run["device"] == device_name(device)
     return resolve_dtype(run["dtype"] if own else name, device)
+
+
+def export_model(model: GPT, folder: Path) -> None:
+    """Write `model`, its adapters merged, and GPT-2's tokenizer to a new folder, or nothing at all.
+
+    transformers loads the folder, and so do the programs that convert from it.
+    Raises ValueError if `folder` exists, OSError if it cannot be written.
+    """
+    if folder.exists():
+        raise ValueError(f"export={str(folder)!r} is there already; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        made = Path(scratch, folder.name)
+        model.save_pretrained(made)
+        for source, name in zip(vocabulary_files(), ("merges.txt", "vocab.json"), strict=True):
+            shutil.copyfile(source, made / name)
+        write_json(made / "tokenizer_config.json", {
+            "tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.block_size})
+        made.rename(folder)
 
 
 def answer(config: GenerateConfig) -> None:

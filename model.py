@@ -4,7 +4,7 @@ Dimensions: B batch, T tokens, P tokens already in the cache, C width (n_embd), 
 V vocabulary. Tensor names are GPT-2's own, so that its published checkpoints load as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import END_OF_TEXT, load_adapter, read_hub_layout, write_hub_layout
-from lora import (
-    LoRALinear,
-    check_state,
-    is_lora_name,
-    lora_layers,
-    mark_only_lora_as_trainable,
-)
-from products import attend, linear
+from checkpoints.hub_format import END_OF_TEXT, read_hub_layout, write_hub_layout
+from lora import LoRALinear, check_state, is_lora_name, lora_layers
+from runtime.kernels import attend, linear
 
 IGNORE = -100  # target of a position that is not supervised
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, H, tokens, D)
 Cache = list[KeyValue]  # of all layers
 
@@ -344,30 +337,3 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
-
-
-def build_model(
-    name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> GPT:
-    """Load the checkpoint `name` with fresh adapters as `settings` say, ready to train on `device`.
-
-    Adapters are float32; the frozen projections they adapt are stored in the compute `dtype`.
-    """
-    lora = {key: settings[key] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv")}
-    targets = tuple(settings["lora_targets"].replace(",", " ").split())
-    model = GPT.from_pretrained(name, dropout=settings["dropout"], lora_targets=targets, **lora)
-    if settings["lora_rank"]:
-        mark_only_lora_as_trainable(model)
-        model.store_frozen_projections(dtype)
-    return model.to(device)
-
-
-def load_checkpoint(
-    folder: Path, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> GPT:
-    """Load what a run with `settings` saved in `folder`: adapters on their base, or all weights."""
-    if not settings["lora_rank"]:
-        return build_model(str(folder), settings, device, dtype)
-    model = build_model(settings["init_from"], settings, device, dtype)
-    load_adapter(model, folder)
-    return model

@@ -14,21 +14,40 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import devices
-import runlog
-from checkpoint import read_state, save_adapter, write_state
+from checkpoints.peft_format import save_adapter
+from checkpoints.trainer_state import read_state, write_state
 from configurator import Bounds, configure, run_script
-from devices import rank, world_size
-from generate import RunConfig, dataset_of, make_loader, run_dtype, score
+from dataloader import Batch
+from generate import ModelSampler, RunConfig, dataset_of, make_loader, run_dtype, score
 from lora import check_state, count_parameters
-from model import GPT, build_model, load_checkpoint
-from optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
-from sampler import ModelSampler
-from scores import table
-from step import train_step, validation_loss
+from methods.build import build_model, load_checkpoint
+from model import GPT
+from runtime.device import autocast, describe, out_of_memory_told, peak_memory, set_up_memory
+from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
+from runtime.processes import (
+    any_rank,
+    end_processes,
+    of_rank_zero,
+    own_share,
+    rank,
+    start_processes,
+    stop_on_signal,
+    sum_over_ranks,
+    world_size,
+)
+from runtime.run_folder import (
+    MetricsLog,
+    changed_settings,
+    forget_metrics,
+    lock_folder,
+    read_run,
+    refuse_loss,
+    start_folder,
+)
+from tasks.scores import table
 
 Qkv = Literal["split", "shared"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -75,6 +94,84 @@ STATE_FIELDS = {"settings", "iteration", "evaluated", "checkpoints", "weights", 
                 "scaler", "rng", "cuda_rng"}
 
 
+class SharedPrefix:
+    """Keys and values of a prefix that batches share: it runs once, and is differentiated once.
+
+    The batches add up their gradients in `past`; `backward` takes the sum on to the adapters.
+    """
+
+    def __init__(self, model: GPT, prefix: Tensor) -> None:
+        made = model.prefill(prefix.to(model.device))
+        self.made = [tensor for pair in made for tensor in pair]
+        self.leaves = [self._leaf(tensor) for tensor in self.made]
+        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+
+    @staticmethod
+    def _leaf(made: Tensor) -> Tensor:
+        leaf = made.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        leaf.requires_grad = made.requires_grad
+        leaf.grad = torch.zeros_like(leaf) if made.requires_grad else None
+        return leaf
+
+    def backward(self) -> None:
+        pairs = [(made, leaf.grad.to(made.dtype))
+                 for made, leaf in zip(self.made, self.leaves, strict=True) if made.requires_grad]
+        if pairs:  # none without a prefix, or where no adapter acts on keys and values
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+
+def train_step(
+    model: GPT, batches: list[Batch], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, grad_clip: float, dtype: torch.dtype,
+) -> float:
+    """Take one optimizer step on a window of batches; return its loss in nats a token.
+
+    The loss is the sum over the supervised tokens of the whole window, on all ranks, over their
+    number, so that it does not depend on how the window is cut into batches.
+    """
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    losses = torch.zeros(len(batches), device=model.device)
+    with autocast(model.device, dtype):
+        prefix = SharedPrefix(model, batches[0].prefix)
+    for i in own_share(range(len(batches))):
+        with autocast(model.device, dtype):
+            batch = batches[i].to(model.device)
+            _, loss = model(batch.inputs, batch.targets, prefix.past)
+            loss = loss * (batch.supervised_tokens / supervised)
+        scaler.scale(loss).backward()
+        losses[i] = loss.detach()
+    prefix.backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sum_over_ranks([losses, *(parameter.grad for parameter in trained)])
+    if not losses.isfinite().all():
+        i = losses.isfinite().logical_not().nonzero()[0].item()
+        raise FloatingPointError(f"the loss of batch {i + 1} of {len(batches)} is {losses[i]:g}")
+    scaler.unscale_(optimizer)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(trained, grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=False)  # in place: new ones would lie scattered in memory
+    return losses.sum().item()
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, batches: list[Batch], dtype: torch.dtype) -> float:
+    """Return the mean loss in nats over the supervised tokens of fixed batches, on all ranks."""
+    model.eval()
+    total = torch.zeros((), device=model.device)
+    with autocast(model.device, dtype):
+        past = model.prefill(batches[0].prefix.to(model.device))
+        for batch in own_share(batches):
+            batch = batch.to(model.device)
+            _, loss = model(batch.inputs, batch.targets, past)
+            total += loss * batch.supervised_tokens
+    sum_over_ranks([total])
+    model.train()
+    return total.item() / sum(batch.supervised_tokens for batch in batches)
+
+
 class Run:
     """A model in training: where it stands, and the folder that holds what it made.
 
@@ -89,12 +186,12 @@ class Run:
         self.config, self.folder = config, Path(config.out_dir)
         settings = asdict(config)
         if not resume:
-            runlog.refuse_loss(settings)
-        self.device = devices.start_processes(config.device, config.backend)
+            refuse_loss(settings)
+        self.device = start_processes(config.device, config.backend)
         if config.compile and self.device.type == "cpu":
             raise ValueError("compile=True makes training on a CPU slower; it is for GPUs")
-        saved = runlog.read_run(config.out_dir) if resume else None
-        self.dtype = devices.of_rank_zero(run_dtype(saved, config.dtype, self.device))
+        saved = read_run(config.out_dir) if resume else None
+        self.dtype = of_rank_zero(run_dtype(saved, config.dtype, self.device))
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, settings, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # adapters are alike on all ranks, dropout is not
@@ -109,12 +206,12 @@ class Run:
             self.device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)
         self.iteration, self.evaluated = 0, False
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
-        self.lock = runlog.lock_folder(self.folder) if rank() == 0 else None
+        self.lock = lock_folder(self.folder) if rank() == 0 else None
         if resume:
             self.load_state(saved.get("processes", 1))
         elif rank() == 0:
             self.start_folder(settings)
-        self.metrics = runlog.MetricsLog(settings, enabled=rank() == 0)
+        self.metrics = MetricsLog(settings, enabled=rank() == 0)
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
@@ -125,9 +222,9 @@ class Run:
             torch.manual_seed(self.config.seed + rank() + world_size() * self.iteration)
 
     def start_folder(self, settings: dict[str, Any]) -> None:
-        runlog.refuse_loss(settings)  # once more, now that nobody else writes there
-        runlog.start_folder(
-            settings, **devices.describe(self.device), processes=world_size(),
+        refuse_loss(settings)  # once more, now that nobody else writes there
+        start_folder(
+            settings, **describe(self.device), processes=world_size(),
             dtype=str(self.dtype).removeprefix("torch."),
             parameters=count_parameters(self.model)._asdict(),
             validation_reviews=len(self.validation),
@@ -156,7 +253,7 @@ class Run:
             self.metrics.log(
                 self.iteration, validation_loss=loss,
                 **{f"validation_{name}": value for name, value in results.items()},
-                memory_mib=devices.peak_memory(self.device) / 2**20,
+                memory_mib=peak_memory(self.device) / 2**20,
             )
         self.evaluated = True
         if rank() > 0:
@@ -213,7 +310,7 @@ class Run:
                              f"{', '.join(sorted(missing))}")
         mine = asdict(self.config)
         same = {name: mine[name] for name in mine.keys() - MAY_DIFFER}
-        if changed := runlog.changed_settings(state["settings"], same):
+        if changed := changed_settings(state["settings"], same):
             raise ValueError(f"{path} is another run's: {changed}")
         check_state(self.trained_weights(), state["weights"], str(path))
         try:
@@ -234,7 +331,7 @@ class Run:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.checkpoints = state["checkpoints"]
-        runlog.forget_metrics(self.folder, self.iteration, self.evaluated)
+        forget_metrics(self.folder, self.iteration, self.evaluated)
 
 
 def fit(run: Run) -> None:
@@ -242,14 +339,14 @@ def fit(run: Run) -> None:
     config = run.config
     window = config.batch_size * config.gradient_accumulation_steps
     bar = tqdm(total=config.max_iters, initial=run.iteration, disable=rank() > 0, unit="step")
-    with devices.stop_on_signal() as stopped, bar:
-        while not devices.any_rank(bool(stopped)):
+    with stop_on_signal() as stopped, bar:
+        while not any_rank(bool(stopped)):
             finished = run.iteration >= config.max_iters
             due = finished or run.iteration % config.eval_interval == 0
             if config.eval_only or (due and not run.evaluated):
                 run.evaluate()
             if finished or config.eval_only:
-                if devices.any_rank(bool(stopped)):  # in the validation
+                if any_rank(bool(stopped)):  # in the validation
                     break
                 return
             started = time.perf_counter()
@@ -284,7 +381,7 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
     """
     config, scores, rows, task = run.config, {}, [], run.loader.task
     untouched = {"base": {"iteration": 0}} if config.baseline else {}
-    checkpoints = devices.of_rank_zero(run.checkpoints)  # when they are written
+    checkpoints = of_rank_zero(run.checkpoints)  # when they are written
     for name, saved in (untouched | checkpoints).items():
         if name == "base":
             model = GPT.from_pretrained(config.init_from).to(run.device)
@@ -324,7 +421,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
         run.model = run.optimizer = None  # make room for the checkpoints
         return score_test(run)
     finally:
-        devices.end_processes()
+        end_processes()
         run.close()
 
 
@@ -333,18 +430,18 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
     Raises ValueError, naming them, for changes that would make it another run.
     """
-    settings = runlog.read_run(config.out_dir)["settings"]
+    settings = read_run(config.out_dir)["settings"]
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
     config = replace(config, init_from=settings["init_from"])
     free = {name: getattr(config, name) for name in LONGER}
-    if changed := runlog.changed_settings(settings | free, asdict(config)):
+    if changed := changed_settings(settings | free, asdict(config)):
         raise ValueError(f"a resumed run keeps its settings, but {changed}")
     return config
 
 
-@devices.out_of_memory_told()
+@out_of_memory_told()
 def main(config: TrainConfig) -> None:
-    devices.set_up_memory()
+    set_up_memory()
     resume = config.init_from == "resume"
     train(resumed(config) if resume else config, resume)
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from dataloader import CustomDataLoader, PythonCodesTask, SentimentTask
+from dataloader import CustomDataLoader, SentimentTask
+from generate import ModelSampler
 from model import GPT
-from sampler import ModelSampler
-from scores import Prediction
+from tasks.python_code import PythonCodesTask
+from tasks.scores import Prediction
 
 END, POSITIVE, NEGATIVE = 50256, 3967, 4633
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)

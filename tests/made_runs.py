@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoint import write_json
-from jobs import Job
-from rows import Row
+from checkpoints.files import write_json
+from experiments.jobs import Job
+from experiments.results import Row
 from train import TrainConfig
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from batches import common_prefix, equal_parts
+from dataloader import common_prefix, equal_parts
 
 
 @pytest.mark.parametrize(

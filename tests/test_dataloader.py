@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from batches import Batch
-from dataloader import PROMPTS, CustomDataLoader, SentimentTask, get_sentiment_prompt
+from dataloader import PROMPTS, Batch, CustomDataLoader, SentimentTask, get_sentiment_prompt
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from models.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[1]
 END, POSITIVE, NEGATIVE, IGNORED = 50256, 3967, 4633, -100

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 
 from configurator import configure
-from experiments import ExperimentsConfig
-from pretrain import PretrainConfig
+from experiments.plan import ExperimentsConfig
+from pretraining.__main__ import PretrainConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

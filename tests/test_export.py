@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from export import export_model
+from generate import export_model
 from lora import lora_layers
 from model import GPT
-from tokenizer import get_tokenizer
+from models.tokenizer import get_tokenizer
 
 
 @pytest.fixture(params=["split", "shared", "none"])
@@ -85,7 +85,7 @@ def test_export_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("export.shutil.copyfile", full)
+    monkeypatch.setattr("generate.shutil.copyfile", full)
     with pytest.raises(OSError, match="no space left"):
         export_model(tuned, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import read_json, read_state, read_tensors
-from runlog import read_metrics
+from checkpoints.files import read_json, read_tensors
+from checkpoints.trainer_state import read_state
+from runtime.run_folder import read_metrics
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

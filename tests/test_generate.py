@@ -9,19 +9,15 @@ import torch
 from made_models import POSITIVE, assert_same, make_sampler, shaken, stubborn
 
 import generate
-from checkpoint import read_json, save_adapter, write_json
+from checkpoints.files import read_json, write_json
+from checkpoints.peft_format import save_adapter
 from configurator import configure, run_script
 from dataloader import SentimentTask
-from generate import (
-    GenerateConfig,
-    make_loader,
-    results_suffix,
-    score,
-)
+from generate import GenerateConfig, ModelSampler, make_loader, results_suffix, score
 from lora import lora_layers
-from model import GPT, build_model, load_checkpoint
-from sampler import ModelSampler
-from scores import Prediction, summarize
+from methods.build import build_model, load_checkpoint
+from model import GPT
+from tasks.scores import Prediction, summarize
 
 CPU = torch.device("cpu")
 SETTINGS = {

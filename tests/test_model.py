@@ -13,10 +13,10 @@ from conftest import TINY
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoint import END_OF_TEXT
-from devices import autocast
+from checkpoints.hub_format import END_OF_TEXT
 from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, LORA_TARGETS, SIZES, GPTConfig
+from runtime.device import autocast
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
 MODULES = {target: target for target in LORA_TARGETS} | {"c_attn": "attn.c_attn"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from configurator import Bounds, configure
 from dataloader import ANSWER_ROOM, PROMPTS, CustomDataLoader, SentimentTask
 from generate import slug
-from tokenizer import get_tokenizer
+from models.tokenizer import get_tokenizer
 
 many = settings(max_examples=300, deadline=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])

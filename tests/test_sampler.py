@@ -18,9 +18,9 @@ from made_models import (
 )
 from transformers import GPT2LMHeadModel
 
+from generate import ModelSampler
 from lora import lora_layers
 from model import GPT
-from sampler import ModelSampler
 
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 

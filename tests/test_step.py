@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from generate import make_loader
 from lora import lora_layers, lora_state_dict
-from model import GPT, IGNORE, build_model
-from optimizer import configure_optimizer
-from step import SharedPrefix, train_step, validation_loss
-from train import TrainConfig
+from methods.build import build_model
+from model import GPT, IGNORE
+from runtime.optimizer import configure_optimizer
+from train import SharedPrefix, TrainConfig, train_step, validation_loss
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -91,8 +91,8 @@ def test_only_what_is_trained_goes_over_the_wire(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     config, sent = replace(config, lora_rank=rank), []
-    monkeypatch.setattr("devices.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("devices.dist.all_reduce", lambda flat: sent.append(flat.numel()))
+    monkeypatch.setattr("runtime.processes.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("runtime.processes.dist.all_reduce", lambda flat: sent.append(flat.numel()))
     model = fresh_model(config)
     window = make_loader(asdict(config), model).window(0, 8, 4)
     train_step(model, window, configure_optimizer(model, config), NO_SCALER, 0.0, torch.float32)

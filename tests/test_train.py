@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runlog
-from checkpoint import read_state
+from checkpoints.trainer_state import read_state
 from dataloader import SentimentTask
 from generate import make_loader
-from model import GPT, load_checkpoint
-from step import validation_loss
-from train import Run, TrainConfig, resumed, train
+from methods.build import load_checkpoint
+from model import GPT
+from runtime import run_folder
+from train import Run, TrainConfig, resumed, train, validation_loss
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 def metrics(config: TrainConfig) -> list[dict]:
     """The metrics of a run without what depends on the clock and on the process."""
-    lines, noise = runlog.read_metrics(Path(config.out_dir)), {"reviews_per_second", "memory_mib"}
+    lines = run_folder.read_metrics(Path(config.out_dir))
+    noise = {"reviews_per_second", "memory_mib"}
     return [{k: v for k, v in line.items() if k not in noise} for line in lines]
 
 
@@ -41,7 +42,7 @@ def test_run_leaves_the_folder_that_the_readme_promises(config: TrainConfig) -> 
     assert described["dtype"] == "float32"
     assert described["parameters"]["trained"] == 2 * 2 * 3 * 4 * 16
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    lines = runlog.read_metrics(folder)
+    lines = run_folder.read_metrics(folder)
     assert [line["iteration"] for line in lines if "validation_loss" in line] == [0, 3, 6, 8]
     assert [line["iteration"] for line in lines if "train_loss" in line] == list(range(8))
     for name in ("best", "last"):
@@ -190,7 +191,7 @@ def test_plot_that_fails_hides_no_other_error(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("runlog.plot_losses", full)
+    monkeypatch.setattr("runtime.run_folder.plot_losses", full)
     with pytest.raises(FloatingPointError, match="step 1: the loss of batch 1 of 2 is nan"):
         train(replace(config, learning_rate=1e30, grad_clip=0.0))
     train(replace(config, max_iters=1))  # and the folder is not in use any more
@@ -219,7 +220,7 @@ def test_folder_of_another_run_is_refused_unless_overwritten(config: TrainConfig
     with pytest.raises(ValueError, match=r"lora_rank=4, now 2.*overwrite=True"):
         train(other)
     train(replace(other, overwrite=True))
-    assert runlog.read_run(config.out_dir)["settings"]["lora_rank"] == 2
+    assert run_folder.read_run(config.out_dir)["settings"]["lora_rank"] == 2
 
 
 def test_unfinished_run_is_not_started_over_by_accident(config: TrainConfig) -> None:
@@ -235,7 +236,7 @@ def test_run_that_saved_nothing_blocks_nobody(config: TrainConfig) -> None:
     with pytest.raises(FloatingPointError, match="step 1: the loss of batch 1 of 2 is nan"):
         train(replace(config, learning_rate=1e30, grad_clip=0.0))
     train(replace(config, max_iters=1))
-    assert runlog.read_run(config.out_dir)["settings"]["learning_rate"] == config.learning_rate
+    assert run_folder.read_run(config.out_dir)["settings"]["learning_rate"] == config.learning_rate
 
 
 def test_model_that_diverged_in_its_last_step_is_not_a_result(config: TrainConfig) -> None:
@@ -316,7 +317,7 @@ def test_validation_takes_eval_iters_batches_and_leaves_the_dice_alone(
 
 def test_prompt_of_training_is_the_prompt_of_scoring(config: TrainConfig) -> None:
     train(replace(config, prompt="terse", max_iters=1))
-    settings = runlog.read_run(config.out_dir)["settings"]
+    settings = run_folder.read_run(config.out_dir)["settings"]
     assert SentimentTask(settings["prompt"]).template == SentimentTask("terse").template
 
 

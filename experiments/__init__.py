@@ -1,0 +1,1 @@
+"""The runs that answer the course's questions, and their report."""

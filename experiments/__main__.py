@@ -1,0 +1,212 @@
+"""Answer the homework's questions: every run they take, then a report with tables and curves.
+
+python -m experiments config/experiments_mini.py     gpt2-mini on a CPU, under an hour
+python -m experiments config/experiments_t4.py       gpt2-medium on a T4
+python -m experiments config/experiments_codes_mini.py    programming questions
+python -m experiments config/experiments_mini.py only=curves,prompts dry_run=True
+
+A finished run is not made again, an interrupted one goes on where it stopped: start the same
+command once more after Ctrl-C or a crash. What failed stands in the report.
+"""
+
+import hashlib
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configurator import run_script
+from dataloader import make_task
+from experiments.jobs import Job, run_jobs
+from experiments.plan import ExperimentsConfig, Variant, classifies, plan
+from experiments.report import write_report
+from experiments.results import Row
+from experiments.time_estimate import Estimate
+from generate import GenerateConfig, dataset_of
+from runtime.run_folder import FINISHED, FREE_SETTINGS
+from tasks.scores import table
+from train import TrainConfig
+
+PLANNED = ("lora_rank", "lora_alpha", "lora_targets", "lora_qkv", "eval_only", "overwrite")
+
+
+def plan_jobs(
+    config: ExperimentsConfig, questions: Mapping[str, Sequence[Variant]]
+) -> dict[str, list[Job]]:
+    """Return the jobs of each variant by its name, one for each seed."""
+    jobs: dict[str, list[Job]] = {}
+    for variants in questions.values():
+        for variant in variants:
+            make = train_job if variant.trains else zero_shot_job
+            made = [make(config, variant, config.seed + i) for i in range(variant.seeds)]
+            jobs[variant.name] = max(made, jobs.get(variant.name, []), key=len)
+    return jobs
+
+
+def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    settings |= {**variant.changes, "seed": seed, "overwrite": True}
+    job = make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
+                   config.out_dir, "metrics.jsonl")
+    return job._replace(mark=FINISHED, processes=config.processes)
+
+
+def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
+    shared = ("init_from", "task", "dataset", "block_size", "device", "dtype")
+    settings = {name: getattr(config, name) for name in shared} | {
+        **variant.changes, "seed": seed, "batch_size": config.eval_batch_size,
+        "limit": config.test_size or GenerateConfig.limit}
+    return make_job(variant.name, "generate.py", settings, asdict(GenerateConfig()),
+                    config.out_dir, "zero_shot-*/results*.json")
+
+
+def make_job(name: str, script: str, settings: dict[str, Any], defaults: dict[str, Any],
+             out_dir: str, result: str) -> Job:
+    """Name the folder after the settings too: other settings are another run."""
+    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)}
+    fingerprint = hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
+    changed = {key: value for key, value in settings.items()
+               if key != "out_dir" and value != defaults[key]}
+    return Job(name, script, changed, Path(out_dir, f"{name}-{fingerprint}"), result)
+
+
+def jobs_by_question(
+    questions: Mapping[str, Sequence[Variant]], jobs: Mapping[str, Sequence[Job]]
+) -> dict[str, list[Job]]:
+    return {question: [job for variant in variants for job in jobs[variant.name][: variant.seeds]]
+            for question, variants in questions.items()}
+
+
+def select(by_question: Mapping[str, Sequence[Job]], only: str) -> list[Job]:
+    """Return the jobs that `only` names, by question or by run; each once."""
+    named = {job.name: [job] for jobs in by_question.values() for job in jobs} | dict(by_question)
+    names = only.replace(",", " ").split() or list(by_question)
+    if unknown := [name for name in names if name not in named]:
+        raise ValueError(f"only={only!r}: there is no {unknown[0]!r}; there are the questions "
+                         f"{', '.join(by_question)}, and the runs that dry_run=True lists")
+    return list({job.name: job for name in names for job in named[name]}.values())
+
+
+def check(config: ExperimentsConfig) -> None:
+    """Raise ValueError for settings that the plan makes itself, or that no run could have."""
+    make_task(config.task, config.prompt)
+    if not classifies(config) and config.task != "python_codes":
+        raise ValueError(f"task={config.task!r} has no report: experiments knows those of "
+                         "classification and of python_codes")
+    for name in PLANNED:
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise ValueError(f"{name}={getattr(config, name)!r}: the plan sets it for each run")
+    for name in ("max_iters", "learning_rate", "full_learning_rate"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}=0 trains nothing")
+    if config.init_from == "resume":
+        raise ValueError("init_from=resume: the same command as before goes on by itself")
+    check_sharing(config)
+
+
+def check_sharing(config: ExperimentsConfig) -> None:
+    """Raise ValueError where jobs and processes cannot share the machine or a run."""
+    if config.jobs > 1 and ":" in config.device:
+        raise ValueError(f"device={config.device!r} is one GPU, but jobs={config.jobs} take turns "
+                         "on all that CUDA_VISIBLE_DEVICES names")
+    if config.processes > 1 and config.jobs > 1:
+        raise ValueError(f"processes={config.processes} share a run, jobs={config.jobs} the "
+                         "machine: one of them must be 1")
+    if config.gradient_accumulation_steps % config.processes:
+        raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} must "
+                         f"be a multiple of processes={config.processes}")
+
+
+def list_jobs(
+    chosen: Sequence[Job], by_question: Mapping[str, Sequence[Job]], estimate: Estimate,
+    at_once: int,
+) -> str:
+    """Return a table of the jobs: their questions, their state, their time."""
+    rows, total = [], 0.0
+    for job in chosen:
+        seconds = 0.0 if job.finished else estimate.seconds(job)
+        total += seconds
+        asked = [question for question, jobs in by_question.items() if job in jobs]
+        rows.append({"run": job.name, "minutes": f"{seconds / 60:.1f}", "state": job.state,
+                     "questions": ", ".join(asked)})
+    text = table(rows) + "\n" if rows else ""
+    return f"{text}{len(rows)} runs, about {total / at_once / 60:.0f} minutes to go"
+
+
+def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate,
+            errors: dict[str, str]) -> None:
+    """Run what is not finished yet; `errors` gets what went wrong, by the job's name."""
+    for job in chosen:
+        job.tidy()  # after a stop between its last result and its end
+    todo = [job for job in chosen if not job.finished]
+    expected = {job.name: estimate.seconds(job) for job in todo}
+    total, done, started = sum(expected.values()), 0.0, time.monotonic()
+    trust = 3 * total / max(1, len(todo))  # the estimate weighs as much as three measured runs
+    bar = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="run",
+               bar_format="{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
+    bar.set_postfix_str(f"about {total / config.jobs / 60:.0f} min left")
+    with bar, closing(run_jobs(todo, config.jobs)) as ended:
+        for job, error in ended:
+            bar.write(f"{job.name}: {error or 'done'}")
+            if error:
+                errors[job.name] = error
+            done += expected[job.name]
+            pace = (config.jobs * (time.monotonic() - started) + trust) / (done + trust)
+            left = (total - done) * pace / config.jobs
+            bar.set_postfix_str(f"about {left / 60:.0f} min left", refresh=False)
+            bar.update()
+
+
+def tell(
+    config: ExperimentsConfig, questions: Mapping[str, Sequence[Variant]],
+    jobs: Mapping[str, Sequence[Job]], errors: Mapping[str, str],
+) -> Path:
+    """Write the report of what there is by now; return its path."""
+    rows = {question: [Row(variant.label, variant.changes, jobs[variant.name][: variant.seeds],
+                           errors) for variant in variants]
+            for question, variants in questions.items()}
+    command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
+    asked = config.only.replace(",", " ").split() or list(questions)
+    path = write_report(rows, config, command, asked)
+    print(f"written: {path}")
+    return path
+
+
+def main(config: ExperimentsConfig) -> None:
+    check(config)
+    config = replace(config, dataset=dataset_of(asdict(config)))
+    questions = plan(config)
+    jobs = plan_jobs(config, questions)
+    by_question = jobs_by_question(questions, jobs)
+    chosen = select(by_question, config.only)
+    estimate = Estimate(config, config.jobs, chosen)
+    if config.dry_run:
+        print(list_jobs(chosen, by_question, estimate, config.jobs))
+        return
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: the runs save themselves
+        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    errors: dict[str, str] = {}
+    try:
+        execute(chosen, config, estimate, errors)
+    except KeyboardInterrupt:
+        tell(config, questions, jobs, errors)
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise
+    path = tell(config, questions, jobs, errors)
+    if errors:
+        name, error = next(iter(errors.items()))
+        raise ValueError(f"{len(errors)} of {len(chosen)} runs failed, as {name}: {error}; "
+                         f"{path} tells of the rest")
+
+
+if __name__ == "__main__":
+    run_script(main, ExperimentsConfig)

@@ -1,0 +1,86 @@
+"""What a task's data set holds: rows, duplicates, lengths in tokens, what is cut, what is answered.
+
+python -m experiments.dataset_analysis task=python_codes dataset=python_codes_mini block_size=256
+python -m experiments.dataset_analysis dataset=movie_reviews
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+
+from checkpoints.files import atomic_write
+from configurator import Bounds, run_script
+from dataloader import TASKS, CustomDataLoader, make_task
+from experiments.figures import length_histograms
+from tasks.scores import table
+from tasks.sources import SPLITS
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """Settings of `python -m experiments.dataset_analysis`."""
+
+    task: Annotated[str, f"what is asked: {', '.join(TASKS)}"] = "sentiment"
+    dataset: Annotated[str, "as in train.py; auto is the task's own"] = "auto"
+    prompt: Annotated[str, "a template of the task's, or any with {text}"] = "default"
+    block_size: Annotated[int, "longest sequence in tokens", Bounds(16)] = 1024
+    out_dir: Annotated[str, "folder of lengths.png"] = "out/analysis"
+
+
+class Lengths(NamedTuple):
+    """Tokens of each example of a split, and how many do not fit into a sequence."""
+
+    questions: list[int]
+    answers: list[int]  # with their fences and without end-of-text
+    prompts_cut: int
+    answers_cut: int
+
+
+def measure(loader: CustomDataLoader, split: str) -> Lengths:
+    """Count the tokens of a split's questions and answers, whole, and what `loader` cuts."""
+    task, encode = loader.task, loader.tokenizer.encode_ordinary
+    records, end = loader.records(split), loader.tokenizer.eot_token
+    examples = [loader.encode(record) for record in records]
+    prompts = [len(encode(task.prompt(record))) for record in records]
+    return Lengths(
+        [len(encode(record[task.text_field])) for record in records],
+        [len(encode(task.answer(record))) for record in records],
+        sum(len(example.prompt) < length
+            for example, length in zip(examples, prompts, strict=True)),
+        sum(example.answer[-1] != end for example in examples),
+    )
+
+
+def spread(values: Sequence[int]) -> str:
+    """Return the median, the ninth decile and the maximum."""
+    return "{:.0f} / {:.0f} / {:.0f}".format(*np.percentile(values, (50, 90, 100)))
+
+
+def main(config: AnalysisConfig) -> None:
+    task = make_task(config.task, config.prompt)
+    dataset = task.dataset if config.dataset == "auto" else config.dataset
+    loader = CustomDataLoader(dataset, task, config.block_size)
+    lengths = {split: measure(loader, split) for split in SPLITS}
+    print(f"{dataset}: " + ", ".join(f"{name} {number:,}"
+                                     for name, number in task.census(dataset).items()))
+    rows = [{
+        "split": split, task.noun: f"{len(found.questions):,}",
+        "question tokens": spread(found.questions), "answer tokens": spread(found.answers),
+        "questions cut": f"{found.prompts_cut:,}", "answers cut": f"{found.answers_cut:,}",
+    } for split, found in lengths.items()]
+    print("", f"Tokens: median / ninth decile / most. Cut to fit into {config.block_size}, the "
+          f"instruction included.", "", table(rows), "", sep="\n")
+    for split in SPLITS:
+        facts = task.facts(loader.records(split))
+        print(f"{split}: " + "; ".join(f"{name} {value}" for name, value in facts.items()))
+    pooled = [[length for found in lengths.values() for length in found[kind]] for kind in (0, 1)]
+    with atomic_write(Path(config.out_dir, "lengths.png")) as path:
+        length_histograms(*pooled, config.block_size).savefig(path, dpi=150, format="png")
+    print(f"written: {Path(config.out_dir, 'lengths.png')}")
+
+
+if __name__ == "__main__":
+    run_script(main, AnalysisConfig)

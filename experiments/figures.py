@@ -1,0 +1,126 @@
+"""The report's figures: readable when printed, and by those who tell few colours apart."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from tasks.scores import wilson_interval
+
+# Okabe and Ito's colours; marker and dashes tell the lines apart without them.
+STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."),
+          ("#CC79A7", "D", ":"), ("#E69F00", "v", "-"), ("#56B4E9", "P", "--")]
+Metrics = Sequence[Mapping[str, float]]
+
+
+def validation_curves(
+    series: Sequence[tuple[str, Sequence[Metrics]]], key: str = "validation_accuracy",
+    title: str = "validation accuracy (generated answers)", first: int = 0,
+) -> Figure:
+    """Draw loss, and `key` from step `first` on: the seeds' mean, a band from least to most.
+
+    Each of `series`, one at least, is a label and the logged metrics of its runs. The loss before
+    the first step is left out: it is so high that all others would be one line.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    loss, other = figure.subplots(1, 2)
+    for (label, runs), style in zip(series, STYLES, strict=False):
+        band(loss, label, runs, "validation_loss", style, first=1)
+        band(other, label, runs, key, style, first)
+    loss.set(xlabel="optimizer steps", ylabel="validation loss (nats a token)")
+    other.set(xlabel="optimizer steps", ylabel=title)
+    for panel in (loss, other):
+        panel.grid(alpha=0.3)
+    loss.legend(title="mean; band: all seeds" if max(map(len, dict(series).values())) > 1 else "")
+    return figure
+
+
+def band(
+    axes: Axes, label: str, runs: Sequence[Metrics], key: str, style: tuple[str, str, str],
+    first: int,
+) -> None:
+    """Draw the logged values of `key` from step `first` on."""
+    colour, marker, dashes = style
+    values: dict[float, list[float]] = {}
+    for metrics in runs:
+        for line in metrics:
+            if key in line and line["iteration"] >= first:
+                values.setdefault(line["iteration"], []).append(line[key])
+    steps = sorted(values)
+    means = [statistics.mean(values[step]) for step in steps]
+    axes.plot(steps, means, dashes, color=colour, marker=marker, markersize=4, label=label)
+    axes.fill_between(steps, [min(values[step]) for step in steps],
+                      [max(values[step]) for step in steps], color=colour, alpha=0.2, linewidth=0)
+
+
+def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
+    """Draw the accuracy of each (label, accuracies of its seeds, number of test reviews)."""
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(points)), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, accuracies, n) in enumerate(points):
+        mean = statistics.mean(accuracies)
+        low, high = wilson_interval(mean * n, n)
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4,
+                      color=STYLES[0][0], label=None if place else "mean, 95 % interval")
+        axes.plot(accuracies, [place] * len(accuracies), "|", markersize=12, color=STYLES[1][0],
+                  label=None if place else "each seed")
+    axes.set_yticks(range(len(points)), [label[:40] for label, *_ in points],
+                    parse_math=False)
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.set(xlabel="test accuracy, best checkpoint")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) -> Figure:
+    """Draw the validation loss (alphas, rates), low values light, each written into its cell."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(loss, cmap="cividis_r")
+    middle = (np.nanmin(loss) + np.nanmax(loss)) / 2
+    for (i, j), value in np.ndenumerate(loss):
+        text = "–" if np.isnan(value) else f"{value:.3f}"
+        axes.text(j, i, text, ha="center", va="center", color="w" if value > middle else "k")
+    axes.set_xticks(range(len(rates)), map("{:g}".format, rates))
+    axes.set_yticks(range(len(alphas)), map("{:g}".format, alphas))
+    axes.set(xlabel="learning rate", ylabel="α (r = 16)")
+    figure.colorbar(image, label="validation loss (nats a token)")
+    return figure
+
+
+def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """Draw the best validation loss over the learning rate: by label, by rate, of each seed."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for (label, tried), (colour, marker, dashes) in zip(series.items(), STYLES, strict=False):
+        rates = sorted(tried)
+        axes.plot(rates, [statistics.mean(tried[rate]) for rate in rates], dashes, marker=marker,
+                  color=colour, label=label)
+        axes.fill_between(rates, [min(tried[rate]) for rate in rates],
+                          [max(tried[rate]) for rate in rates], color=colour, alpha=0.2)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="best validation loss (nats a token)")
+    axes.set_xticks(sorted({rate for tried in series.values() for rate in tried}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean; band: all seeds")
+    return figure
+
+
+def length_histograms(questions: Sequence[int], answers: Sequence[int], block_size: int) -> Figure:
+    """Draw how long questions and answers are, in tokens, against the longest sequence."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    named = {"question": questions, "answer": answers}
+    for axes, (name, lengths), style in zip(figure.subplots(1, 2), named.items(), STYLES,
+                                            strict=False):
+        axes.hist(lengths, bins=min(60, max(2, len(set(lengths)))), color=style[0])
+        if max(lengths) > block_size / 4:
+            axes.axvline(block_size, color="k", linestyle="--", label=f"{block_size}: a sequence")
+            axes.legend()
+        axes.set(xlabel=f"tokens of a {name}".replace("a answer", "an answer"), ylabel="examples")
+        axes.grid(alpha=0.3)
+    return figure

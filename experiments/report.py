@@ -1,0 +1,112 @@
+"""The report of the experiments: tables and curves of what the runs left in their folders."""
+
+import base64
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+
+from checkpoints.files import atomic_write
+from dataloader import find_task
+from experiments import text_sections
+from experiments.plan import classifies
+from experiments.results import Row, Section, fenced
+from experiments.sections import (
+    alpha,
+    cost,
+    curves,
+    grid,
+    layers,
+    prompts,
+    rates,
+    shares,
+    zero_shot,
+)
+from train import TrainConfig
+
+# The questions whose runs differ in what they cost.
+PRICED = ("curves", "prompts", "layers", "answers", "targets")
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
+th, td { border-bottom: 1px solid #bbb; padding: .3em .7em; text-align: right }
+th:first-child, td:first-child, pre { text-align: left } td { vertical-align: top }
+img { max-width: 100% }
+pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }
+td pre { white-space: pre-wrap; overflow-wrap: anywhere; width: 22em; margin: 0 }"""
+SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
+    "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
+    "prompts": prompts, "grid": grid, "rates": rates, "layers": layers,
+    "answers": text_sections.compared, "targets": text_sections.targets,
+}
+ABOUT = {  # by whether the task classifies
+    True: "Accuracies are of *generated* answers on the test split, mean ± standard deviation of "
+          "the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews.",
+    False: "Answers are generated greedily for the test split and compared as code, without their "
+           "fences; nothing that was generated is executed. Mean ± standard deviation of the "
+           "seeds; in brackets the bootstrap's 95 % interval over the examples, its ends averaged "
+           "over the seeds.",
+}
+
+
+def sections(
+    questions: Mapping[str, Sequence[Row]], config: TrainConfig, asked: Collection[str]
+) -> dict[str, Section]:
+    """Return a section for each question that was asked, now or before: then all its runs are."""
+    shown = {name: rows for name, rows in questions.items()
+             if name in asked or all(job.finished for row in rows for job in row.jobs)}
+    found = {name: SECTIONS[name](rows, config) for name, rows in shown.items()}
+    priced = [row for name in PRICED for row in shown.get(name, ()) if row.runs]
+    return found | ({"cost": cost(priced)} if priced else {})
+
+
+def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: str) -> list[str]:
+    """Say what all of it was made with."""
+    runs = [run for rows in questions.values() for row in rows for run in row.runs]
+    facts = {name: ", ".join(dict.fromkeys(str(run.about.get(name)) for run in runs))
+             for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
+    made = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    made = f" Made on: {made}." if made else ""
+    noun = find_task(config.task).noun
+    return [f"# LoRA on GPT-2: {config.task.replace('_', ' ')}", "",
+            f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
+            f"{config.batch_size * config.gradient_accumulation_steps} {noun}.{made}", "",
+            f"{ABOUT[classifies(config)]} The best checkpoint is the one of lowest validation "
+            "loss; each run reads the test split once, at its end.", "", *fenced([command])]
+
+
+def write_report(
+    questions: Mapping[str, Sequence[Row]], config: Any, command: str, asked: Collection[str]
+) -> Path:
+    """Write `report.md`, its pictures and `report.html`, which holds them; return the first.
+
+    `asked` names the questions to tell of even if their runs are not all finished.
+    """
+    folder, lines = Path(config.report_dir), head(questions, config, command)
+    for name, section in sections(questions, config, asked).items():
+        lines += ["", f"## {section.title}", "", section.basis, "", *section.lines]
+        if section.figure:
+            section.figure.suptitle(section.basis, fontsize="small")
+            with atomic_write(folder / f"{name}.png") as path:
+                section.figure.savefig(path, dpi=150, format="png")
+            lines += ["", f"![{section.title}]({name}.png)"]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(folder / "report.md") as path:
+        path.write_text(text, "utf-8")
+    with atomic_write(folder / "report.html") as path:
+        path.write_text(to_html(text, folder), "utf-8")
+    return folder / "report.md"
+
+
+def to_html(text: str, folder: Path) -> str:
+    """Turn the report into one page that holds its pictures."""
+    body = markdown.markdown(text, extensions=["tables", "fenced_code", "md_in_html"])
+
+    def inline(match: re.Match) -> str:
+        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    body = re.sub(r'src="(\w+\.png)"', inline, body)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<title>LoRA on GPT-2'
+            f"</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")

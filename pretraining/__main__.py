@@ -1,0 +1,214 @@
+"""Pretrain a small GPT-2 from random weights on movie reviews.
+
+python -m pretraining config/pretrain_mini.py                     makes assets/gpt2-mini
+python -m pretraining config/pretrain_mini.py init_from=resume    goes on where that stopped
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from checkpoints.files import write_json
+from checkpoints.trainer_state import read_state, write_state
+from configurator import Bounds, run_script
+from model import GPT, GPTConfig
+from pretraining.corpus import Windows, documents, read_reviews, tokenize
+from pretraining.sampled_softmax import Vocabulary, evaluate, predict, token_losses
+from runtime.device import (
+    DeviceConfig,
+    describe,
+    out_of_memory_told,
+    resolve_device,
+    resolve_dtype,
+    set_up_memory,
+)
+from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
+from runtime.processes import stop_on_signal
+from runtime.run_folder import (
+    MetricsLog,
+    changed_settings,
+    forget_metrics,
+    lock_folder,
+    start_folder,
+)
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(OptimizerConfig, DeviceConfig):
+    """Settings of `python -m pretraining`."""
+
+    init_from: Annotated[Literal["scratch", "resume"], "start anew, or go on"] = "scratch"
+    out_dir: Annotated[str, "folder of the run; its `model` is the result"] = "out/pretrain"
+    overwrite: Annotated[bool, "replace a run in out_dir"] = False
+    seed: Annotated[int, "of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
+    data: Annotated[str, "imdb (from the hub) or a folder with its three splits"] = "imdb"
+    passes: Annotated[int, "times a labelled review is cut into pieces", Bounds(1)] = 1
+    verdict_weight: Annotated[float, "of a verdict's first token in the loss", Bounds(0)] = 1.0
+    n_layer: Annotated[int, "transformer blocks", Bounds(1)] = 4
+    n_head: Annotated[int, "attention heads", Bounds(1)] = 4
+    n_embd: Annotated[int, "width", Bounds(1)] = 256
+    block_size: Annotated[int, "tokens in a row, and the model's longest input", Bounds(1)] = 256
+    dropout: Annotated[float, "GPT-2's own dropout", Bounds(0, 1)] = 0.0
+    batch_size: Annotated[int, "rows per step", Bounds(1)] = 12
+    negatives: Annotated[int, "words drawn for a sampled softmax; 0 is a full one", Bounds(0)] = 0
+    full_softmax_iters: Annotated[int, "last steps, with all words", Bounds(0)] = 0
+    eval_interval: Annotated[int, "steps between validations and saves", Bounds(1)] = 1000
+    eval_iters: Annotated[int, "validation batches; 0 is all, as in the last", Bounds(0)] = 20
+    log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 10
+
+
+class Run:
+    """A model in pretraining, its text, and how far it is."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config, self.folder = config, Path(config.out_dir)
+        self.state_file = self.folder / "trainer_state.pt"
+        resume = config.init_from == "resume"
+        if self.state_file.exists() and not (resume or config.overwrite):
+            raise ValueError(f"out_dir={config.out_dir!r} holds a run; go on with init_from=resume,"
+                             " choose another out_dir, or overwrite=True to replace it")
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        torch.manual_seed(config.seed)
+        self.model = GPT(GPTConfig(**{name: getattr(config, name) for name in SHAPE}))
+        self.model.to(self.device)
+        self.optimizer = configure_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.iteration, self.seconds = 0, 0.0
+        self.lock = lock_folder(self.folder)
+        if resume:
+            self.load_state()
+        text, held_out = read_reviews(config.data)
+        self.rows = Windows(
+            tokenize(documents(text, config.passes, config.seed)), config.block_size, config.seed)
+        self.validation = Windows(
+            tokenize(documents(held_out, 1, config.seed)), config.block_size, config.seed)
+        self.vocabulary = Vocabulary(
+            self.rows.tokens, self.model.config.vocab_size, config.negatives)
+        if not resume:
+            start_folder(asdict(config), **describe(self.device),
+                                dtype=str(self.dtype).removeprefix("torch."))
+        self.metrics = MetricsLog(asdict(config) | {"wandb_mode": "disabled"})
+
+    def step(self) -> float:
+        """Take one optimizer step; return its loss in nats a token, all tokens alike."""
+        config, device = self.config, self.device
+        torch.manual_seed((config.seed << 32) + self.iteration)  # of negatives and dropout
+        set_learning_rate(self.optimizer, self.iteration, config)
+        tokens, verdicts = self.rows.batch(self.iteration, config.batch_size)
+        sampled = config.negatives and self.iteration < config.max_iters - config.full_softmax_iters
+        words = self.vocabulary.draw(tokens) if sampled else self.vocabulary.all()
+        logits, targets = predict(self.model, tokens, words, self.dtype)
+        losses = token_losses(logits, targets, words.log_q.to(device))  # (B·T,)
+        weights = torch.where(verdicts.flatten().to(device), config.verdict_weight, 1.0)
+        loss = losses.mean().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.iteration}: the loss is {loss}")
+        self.scaler.scale((losses * weights).sum() / weights.sum()).backward()
+        self.scaler.unscale_(self.optimizer)
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        return loss
+
+    def evaluate(self, model: GPT, batches: int) -> dict[str, float]:
+        scores = evaluate(
+            model, self.validation, self.vocabulary, self.dtype, self.config.batch_size, batches)
+        self.metrics.log(self.iteration, seconds=self.seconds, **scores)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+        tqdm.write(f"step {self.iteration}: {shown}")
+        return scores
+
+    def save_state(self) -> None:
+        """Write all that the next step depends on; data and chance follow from the iteration."""
+        write_state(self.state_file, {
+            "settings": asdict(self.config), "iteration": self.iteration, "seconds": self.seconds,
+            "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        })
+
+    def load_state(self) -> None:
+        """Go on where `save_state` was.
+
+        Raises FileNotFoundError without a state, ValueError for one that other settings made.
+        """
+        if not self.state_file.is_file():
+            raise FileNotFoundError(
+                f"out_dir={str(self.folder)!r} holds no run: there is no {self.state_file}")
+        state: dict[str, Any] = read_state(self.state_file)
+        if missing := {"settings", "weights", "optimizer", "scaler", "seconds"} - state.keys():
+            raise ValueError(f"{self.state_file} is not of a pretraining: it lacks "
+                             f"{', '.join(sorted(missing))}")
+        free = {"init_from": "resume", "eval_iters": self.config.eval_iters}
+        if changed := changed_settings(state["settings"] | free, asdict(self.config)):
+            raise ValueError(f"a resumed run keeps its settings, but {changed}")
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        forget_metrics(self.folder, self.iteration + 1, evaluated=False)
+
+
+def fit(run: Run) -> None:
+    """Train until max_iters, validating and saving on the way; a signal saves and stops."""
+    config = run.config
+    bar = tqdm(total=config.max_iters, initial=run.iteration, unit="step")
+    with stop_on_signal() as stopped, bar:
+        while run.iteration < config.max_iters and not stopped:
+            started = time.perf_counter()
+            loss = run.step()
+            run.seconds += time.perf_counter() - started
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            if run.iteration % config.log_interval == 0:
+                run.metrics.log(run.iteration, train_loss=loss)
+            if run.iteration % config.eval_interval == 0:
+                run.evaluate(run.model, config.eval_iters)
+                run.save_state()
+    run.save_state()
+    if run.iteration < config.max_iters:
+        print(f"stopped at step {run.iteration}; go on with init_from=resume", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+def pretrain(run: Run) -> dict[str, float]:
+    """Take a run to its end; return the scores of the model as it is saved, in float16."""
+    config = run.config
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    print(f"{size:,} weights on {run.device}, {run.dtype}; {len(run.rows.tokens):,} tokens to "
+          f"train on, {len(run.validation.tokens):,} to validate on")
+    fit(run)
+    run.model.half().save_pretrained(run.folder / "model")
+    saved = GPT.from_pretrained(str(run.folder / "model")).to(run.device)
+    scores = run.evaluate(saved, 0)
+    tokens = config.max_iters * config.batch_size * config.block_size
+    write_json(run.folder / "results.json",
+               scores | {"tokens_seen": tokens, "seconds": run.seconds})
+    run.metrics.close()
+    return scores
+
+
+@out_of_memory_told()
+def main(config: PretrainConfig) -> dict[str, float]:
+    set_up_memory()
+    run = Run(config)
+    try:
+        return pretrain(run)
+    finally:
+        run.lock.release()
+
+
+if __name__ == "__main__":
+    run_script(main, PretrainConfig)

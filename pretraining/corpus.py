@@ -1,0 +1,148 @@
+"""Movie reviews as a stream of tokens to pretrain on.
+
+Reviews without a label stand whole. Labelled ones are cut into pieces of a few sentences, each
+followed by a verdict in ordinary words, as web sites have it; never in the form of our prompts.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints.hub_format import END_OF_TEXT
+from dataloader import epoch_order
+from models.tokenizer import get_tokenizer
+from tasks.sources import Record, read_records
+
+SPLITS = ("train", "test", "unsupervised")  # as the hub's stanfordnlp/imdb has them
+# What asks for the verdict, and the answers for labels 0 and 1: their first token decides.
+VERDICTS = (
+    ("\nVerdict:", (" bad", " good")),
+    ("\nRating:", (" 2/10", " 9/10")),
+    ("\nRecommended:", (" no", " yes")),
+    ("\nIn a word:", (" awful", " great")),
+)
+LINE_BREAK = re.compile(r"<br\s*/?>")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+PUNCTUATION = re.compile(r'([.,!?;:"()])')
+SHORTEST_PIECE = 8  # words; fewer seldom carry an opinion
+CHUNK = 20_000  # documents tokenized at once
+
+
+class Document(NamedTuple):
+    """A text, and what follows it, if anything: what asks for a verdict, and the verdict."""
+
+    text: str
+    question: str = ""
+    answer: str = ""
+
+
+def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
+    """Return the reviews to train on, and every hundredth, held out.
+
+    They are those of all splits, each text once, in an order that does not depend on the files'.
+    Raises ValueError for another source, a row without a text, or with a label other than 0, 1
+    and -1 (none); OSError for files that are missing or out of reach.
+    """
+    if data != "imdb" and not (data and Path(data).is_dir()):
+        raise ValueError(f"data={data!r} must be imdb (from the hub) or a folder with "
+                         f"{{{','.join(SPLITS)}}}.parquet, .jsonl or .csv")
+    found: dict[str, int] = {}
+    for split in SPLITS:
+        for row, record in enumerate(read_records(data, split), 1):
+            text, label = record.get("text"), str(record.get("label"))
+            if not isinstance(text, str) or label not in ("0", "1", "-1"):
+                raise ValueError(f"{data}: {split} row {row} needs a text and a label of 0, 1 or "
+                                 f"-1 (none), but is {record!r:.80}")
+            found[text] = int(label)
+    reviews = [{"text": text, "label": found[text]} for text in sorted(found)]
+    held_out = reviews[::100]
+    del reviews[::100]
+    return reviews, held_out
+
+
+def spaced(text: str) -> str:
+    """Lower-case `text` and set its punctuation apart, as old review corpora are."""
+    return " ".join(PUNCTUATION.sub(r" \1 ", text.lower()).split())
+
+
+def pieces(text: str, rng: random.Random) -> Iterator[str]:
+    """Cut a review into runs of one to three sentences, more where they are very short."""
+    sentences = SENTENCE_END.split(text)
+    while sentences:
+        size = rng.choice((1, 1, 2, 3))
+        while size < len(sentences) and len(" ".join(sentences[:size]).split()) < SHORTEST_PIECE:
+            size += 1
+        yield " ".join(sentences[:size])
+        sentences = sentences[size:]
+
+
+def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Document]:
+    """Return the corpus in random order: unlabelled reviews once, labelled ones cut `passes` times.
+
+    Half of the whole reviews and three quarters of the pieces are `spaced`.
+    """
+    rng = random.Random(f"corpus {seed}")
+    made = []
+    for review in reviews:
+        text = " ".join(LINE_BREAK.sub(" ", review["text"]).split())
+        if review["label"] == -1:
+            made.append(Document(spaced(text) if rng.random() < 0.5 else text))
+            continue
+        for _ in range(passes):
+            for piece in pieces(text, rng):
+                question, answers = rng.choice(VERDICTS)
+                piece = spaced(piece) if rng.random() < 0.75 else piece
+                made.append(Document(piece, question, answers[review["label"]]))
+    rng.shuffle(made)  # pieces of one review must not stand together: the next verdict would leak
+    return made
+
+
+def tokenize(made: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the stream of token ids (N,), uint16, each document ended by end-of-text.
+
+    The second array (N,) marks the first token of each verdict.
+    """
+    tokenizer = get_tokenizer()
+    encode = lru_cache(tokenizer.encode_ordinary)
+    tokens, verdicts = [], []
+    for start in range(0, len(made), CHUNK):
+        ids: list[int] = []
+        answers = []
+        chunk = made[start : start + CHUNK]
+        texts = tokenizer.encode_ordinary_batch([document.text for document in chunk])
+        for document, text in zip(chunk, texts, strict=True):
+            ids += text + encode(document.question)
+            answers += [len(ids)] if document.answer else []
+            ids += [*encode(document.answer), END_OF_TEXT]
+        tokens.append(np.array(ids, dtype=np.uint16))
+        verdicts.append(np.zeros(len(ids), dtype=bool))
+        verdicts[-1][answers] = True
+    return np.concatenate(tokens), np.concatenate(verdicts)
+
+
+class Windows:
+    """A stream as rows of `length` + 1 tokens; batches are a pure function of the iteration."""
+
+    def __init__(self, stream: tuple[np.ndarray, np.ndarray], length: int, seed: int) -> None:
+        (self.tokens, self.verdicts), self.length, self.seed = stream, length, seed
+        self.count = (len(self.tokens) - 1) // length
+        if self.count < 1:
+            raise ValueError(f"{len(self.tokens)} tokens of text do not fill a row of {length}")
+
+    def batch(self, iteration: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return rows of tokens (B, T+1) and the marks of the verdicts in the last T, (B, T)."""
+        wanted = (divmod(i, self.count) for i in range(iteration * size, (iteration + 1) * size))
+        return self.take([epoch_order(self.count, self.seed, epoch)[i] for epoch, i in wanted])
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the given rows, in the shapes of `batch`."""
+        index = np.array(rows)[:, None] * self.length + np.arange(self.length + 1)  # (B, T+1)
+        tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return tokens, torch.from_numpy(self.verdicts[index[:, 1:]])

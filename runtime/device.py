@@ -1,0 +1,145 @@
+"""The device of a run, its precision and its memory."""
+
+import ctypes
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Settings of what a script runs on."""
+
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ValueError for a device that this machine or torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are known")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not usable here; try auto or cpu: {error}") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the hardware, by which results and precision can be compared."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what speed and rounding depend on: the hardware and the versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    processor = re.search(r"model name\s*: (.*)", text)
+    return {"device": device_name(device),
+            "processor": processor[1] if processor else platform.processor(),
+            "threads": str(torch.get_num_threads()), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: allocated on CUDA, else resident.
+
+    0 where the system does not tell, as on Windows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "darwin":
+        import resource  # Windows has none
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux, getrusage(2) would start from what the parent held at the fork.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.is_file() else "")
+    return 1024 * int(found[1]) if found else 0
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype called `name`; "auto" is the fastest that `device` truly has.
+
+    bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
+    a CPU bfloat16 if it has the instructions and they pay, else float32.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"dtype={name!r} must be one of auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute matrix products in `dtype`; with float32 everything stays as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _cpu_bfloat16_pays() -> bool:
+    """Probe a matrix product of GPT-2's size: bfloat16 must be clearly faster than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+        times = []
+        for _ in range(12):
+            started = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = statistics.median(times)
+    return seconds[torch.bfloat16] * 1.2 < seconds[torch.float32]
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into a ValueError that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU's memory is full; a smaller batch_size (and more "
+            f"gradient_accumulation_steps) needs less: {error}"
+        ) from None
+
+
+def set_up_memory() -> None:
+    """Let glibc reuse large blocks that were freed, instead of mapping them anew at each step.
+
+    On a CPU the page faults of fresh blocks cost a third of a small model's step (mallopt(3)).
+    And oneDNN keeps the kernels of fewer shapes: batches bring ever new ones, and 1,024 of them
+    would hold more memory than the activations.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at its first product
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            if mallopt:
+                mallopt(parameter, 2**31 - 1)

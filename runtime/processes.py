@@ -1,0 +1,136 @@
+"""The processes of a torchrun job, and the signals that stop a run.
+
+Without torchrun there is one process, of rank 0, and nothing is summed.
+"""
+
+import importlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.device import resolve_device
+
+MISSING = object()
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(device_name: str, backend: str = "auto") -> torch.device:
+    """Join the process group, if there is one; return this process's own device.
+
+    `backend` is nccl, gloo or auto: nccl on CUDA, else gloo. Raises ValueError if torch lacks it
+    or if there are more processes than GPUs.
+    """
+    device = resolve_device(device_name)
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    # Imported later, as by an optimizer, its functions would hold the group as their default; its
+    # threads would outlive `end_processes`, and now and then abort the interpreter's exit.
+    importlib.import_module("torch.distributed.nn")
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"backend={backend!r} does not work here: {error}") from None
+    return device
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """End with a line where another process of the job is gone.
+
+    It is said here and now: torchrun kills those that are left a moment later.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        print("error: another process of this job has ended:", reason, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one message."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    with together():
+        dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def own_share(items: Sequence[Item]) -> Sequence[Item]:
+    """Return every n-th of `items`, if there are n processes; another process has the next."""
+    return items[rank() :: world_size()]
+
+
+def gather_shares(share: list[Item]) -> list[Item]:
+    """Put together what all processes made of their `own_share`, in the old order."""
+    if not dist.is_initialized():
+        return share
+    shares: list[Any] = [None] * world_size()
+    with together():
+        dist.all_gather_object(shares, share)
+    whole = [item for row in itertools.zip_longest(*shares, fillvalue=MISSING) for item in row]
+    return [item for item in whole if item is not MISSING]
+
+
+def any_rank(happened: bool) -> bool:
+    """Tell whether it happened in any process, so that all may do the same."""
+    flag = torch.tensor(float(happened))
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        flag = flag.cuda()
+    sum_over_ranks([flag])
+    return bool(flag)
+
+
+def of_rank_zero(value: Item) -> Item:
+    """Return the value of rank 0 in all processes, once it has come that far."""
+    found = [value]
+    if dist.is_initialized():
+        with together():
+            dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a step can end; the second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

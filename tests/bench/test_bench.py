@@ -1,0 +1,93 @@
+"""The benchmark measures what it says, and writes all it found."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import BenchConfig, grow, main, markdown, sized_reviews
+from bench.worker import random_checkpoint
+from model import GPT, GPTConfig
+from models.tokenizer import get_tokenizer
+
+RATIOS = {f"{verb}.{rival}.{dtype}" for verb in ("train", "score")
+          for rival in ("handout", "peft") for dtype in ("float32", "bfloat16")}
+
+
+@pytest.fixture
+def config(reviews: str, tmp_path: Path) -> BenchConfig:
+    return BenchConfig(
+        model="gpt2-mini", what="train,score", lora_rank=4, batch_size=8, rounds=1, device="cpu",
+        dtype="bfloat16", dataset=reviews, out_dir=str(tmp_path))
+
+
+def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfig) -> None:
+    main(config)
+    report = json.loads(Path(config.out_dir, "bench.json").read_text())
+    assert report["ratios"].keys() == RATIOS
+    assert report["memory_ratios"].keys() == RATIOS
+    for key, ratio in report["ratios"].items():
+        low, high = report["spreads"][key]
+        assert 0 < low <= ratio <= high
+    rows = report["contenders"]
+    assert list(rows) == ["ours.float32", "ours.bfloat16", "full.float32", "handout.float32",
+                          "peft.float32"]
+    for row in rows.values():
+        assert row["train_reviews_per_second"] > 0
+        assert row["train_memory_mib"] > 100
+        assert row["train_seconds_to_first"] > 0
+        assert 0 < row["train_share_of_best_peak"] <= row["train_share_of_plain_peak"]
+    adapters = 4 * (256 + 256) * 3 * 4 * 4  # rank, in and out, q k v, layers, bytes
+    assert adapters < rows["ours.float32"]["checkpoint_bytes"]
+    weights = 4 * sum(p.numel() for p in GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256)).
+                      parameters())
+    assert rows["handout.float32"]["checkpoint_bytes"] > weights
+    table = Path(config.out_dir, "bench.md").read_text()
+    assert all(name in table for name in [*rows, *RATIOS])
+    assert Path(config.out_dir, "bench.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("what", ["", "speed", "train,speed"])
+def test_unknown_parts_are_refused(what: str) -> None:
+    with pytest.raises(ValueError, match="must be of train, score, growth"):
+        main(BenchConfig(what=what))
+
+
+def test_sized_reviews_have_about_the_tokens_asked_for() -> None:
+    records = [{"text": "a quick brown fox jumps over the lazy dog ."}] * 50
+    for record in sized_reviews(30, 8, records):
+        assert 28 <= len(get_tokenizer().encode_ordinary(record["text"])) <= 32
+
+
+def test_growth_is_measured_along_every_axis(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each point with its own setting, and nothing else changed; the measuring is tested above."""
+    points = []
+
+    def note(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:
+        points.append((config.batch_size, tokens, config.lora_rank, config.model, number))
+        return {"train_ms": 3.0, "score_ms": 1.0, "train_mib": 900.0, "score_mib": 800.0}
+
+    monkeypatch.setattr("bench.__main__.grow", note)
+    monkeypatch.setattr(
+        "bench.__main__.random_checkpoint", lambda *_: contextlib.nullcontext("folder"))
+    main(replace(config, what="growth"))
+    assert points[:5] == [(size, 0, 4, "gpt2-mini", 128) for size in (1, 4, 16, 64, 128)]
+    assert points[5:10] == [(8, n, 4, "gpt2-mini", 8) for n in (10, 30, 100, 250, 500)]
+    assert points[10:16] == [(8, 0, r, "gpt2-mini", 8) for r in (4, 16, 64, 128, 256, 512)]
+    assert points[16:] == [(8, 0, 4, size, 8) for size in ("gpt2-mini", "gpt2", "gpt2-medium")]
+    report = json.loads(Path(config.out_dir, "bench.json").read_text())
+    assert list(report["growth"]) == ["batch_size", "review_tokens", "lora_rank", "model"]
+    assert "| gpt2-medium | 3.0 | 1.0 | 900.0 | 800.0 |" in markdown(report)
+    assert Path(config.out_dir, "bench.png").stat().st_size > 10_000
+
+
+def test_one_point_of_growth_is_a_measurement(config: BenchConfig) -> None:
+    with random_checkpoint("gpt2-mini", seed=0) as folder:
+        short, long = (grow(config, tokens, 4, folder) for tokens in (10, 400))
+    assert short.keys() == {"train_ms", "score_ms", "train_mib", "score_mib"}
+    assert all(value > 0 for value in short.values())
+    assert short["train_mib"] < long["train_mib"]

