@@ -1,43 +1,37 @@
-"""Low-rank adaptation of linear layers (Hu et al., 2021, arXiv:2106.09685).
-
-A frozen weight W0 learns an update of rank r: h = W0 x + (alpha / r) B A x. For evaluation the
-update is merged into the weight, so that an adapted model costs what the original costs.
-
-Dimensions: in and out are a layer's features, r the rank, G the groups that have their own pair.
-"""
+"""LoRA, low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685), on torch alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 LORA_LEAVES = ("lora_A", "lora_B")
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank update: `h = W0 x + b + (alpha / r) B A x`.
+    """Add a rank-r update to a frozen linear layer: `h = W0 x + b + scaling · B A x`.
 
-    With `lora_groups=G` the output features are G equal blocks, each with an A and a B of its own:
-    `lora_A` is (G·r, in), `lora_B` is (out, r); GPT-2's fused q, k, v projection has G = 3.
-    A and B are float32 even where the base weight is of lower precision, and start frozen
-    (`mark_only_lora_as_trainable`). `train(False)`, which every parent's `eval()` calls, merges;
-    `train()` restores the base weight bit for bit. With `lora_rank=0` this is a plain `nn.Linear`.
-    Shapes: `(..., in)` to `(..., out)`. All its products are taken by `product(x, weight, bias)`,
-    which a subclass may replace by a faster equal of `F.linear`.
-
-    Raises ValueError if the rank is negative or the groups do not divide `out_features`.
+    `scaling` is alpha / r, or alpha / √r if rank-stabilized (Kalajdzievski 2023, arXiv:2312.03732).
+    `lora_groups=G` gives G equal blocks of output features a pair of rank r each (GPT-2's fused
+    q, k, v has G = 3): `lora_A` is (G·r, in), `lora_B` is (out, r). Both are at least float32 and
+    start frozen. `eval()` merges the update into the weight; `train()` restores W0 bit for bit.
+    With `lora_rank=0` this is a plain `nn.Linear`. Shapes: `(..., in)` to `(..., out)`.
+    Raises ValueError if the rank is negative or `lora_groups` does not divide `out_features`.
     """
 
-    product = staticmethod(F.linear)
+    product = staticmethod(F.linear)  # a subclass may have a faster equivalent
+    _times_off = 0  # how many `adapters_off` blocks are open
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         lora_rank: int = 0, lora_alpha: float = 0.0, lora_dropout: float = 0.0,
-        lora_groups: int = 1,
+        lora_groups: int = 1, lora_rank_stabilized: bool = False,
     ) -> None:
         if lora_rank < 0:
             raise ValueError(f"lora_rank={lora_rank} must not be negative")
@@ -47,16 +41,44 @@ class LoRALinear(nn.Linear):
         self.has_weights_merged = False
         if lora_rank == 0:
             return
-        self.lora_groups = lora_groups
-        self.lora_alpha, self.lora_scaling = lora_alpha, lora_alpha / lora_rank
+        self.lora_groups, self.lora_alpha = lora_groups, lora_alpha
+        self.lora_rank_stabilized = lora_rank_stabilized
+        self.lora_scaling = lora_alpha / (lora_rank**0.5 if lora_rank_stabilized else lora_rank)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        # Not a copy in the checkpoint, but it must follow the module from device to device.
+        # A buffer follows the module across devices; not persistent, so checkpoints omit it.
         self.register_buffer("_unmerged_weight", None, persistent=False)
-        adapter = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        self.lora_A = nn.Parameter(torch.empty(lora_groups * lora_rank, in_features, **adapter))
-        self.lora_B = nn.Parameter(torch.empty(out_features, lora_rank, **adapter))
-        self.lora_A.requires_grad = self.lora_B.requires_grad = False
+        like = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        self.lora_A = nn.Parameter(torch.empty(lora_groups * lora_rank, in_features, **like), False)
+        self.lora_B = nn.Parameter(torch.empty(out_features, lora_rank, **like), False)
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, lora_rank: int, lora_alpha: float, lora_dropout: float = 0.0,
+        lora_groups: int = 1, rank_stabilized: bool = False,
+    ) -> "LoRALinear":
+        """Return an adapted layer around the weight and bias objects of `linear`.
+
+        Keeps device, dtype and mode (unmerged even in eval mode), but not hooks; draws only A.
+        Raises TypeError or ValueError if `linear` cannot carry an adapter, or carries one.
+        """
+        forward = getattr(getattr(linear, "forward", None), "__func__", None)
+        if forward not in (nn.Linear.forward, LoRALinear.forward):  # a quantized layer, for example
+            raise TypeError(f"{type(linear).__name__} does not compute as nn.Linear does")
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise ValueError("nn.MultiheadAttention uses its out_proj without calling it")
+        if isinstance(linear, LoRALinear) and linear.is_lora():
+            raise ValueError("the layer already has an adapter")
+        if lora_rank < 1:
+            raise ValueError(f"lora_rank={lora_rank} must be at least 1")
+        layer = cls(  # on "meta" it allocates and draws nothing
+            linear.in_features, linear.out_features, linear.bias is not None, "meta",
+            linear.weight.dtype, lora_rank, lora_alpha, lora_dropout, lora_groups, rank_stabilized)
+        layer.weight = layer.bias = None  # leaves only A and B to `to_empty`
+        layer.to_empty(device=linear.weight.device).reset_lora_parameters()
+        layer.weight, layer.bias = linear.weight, linear.bias
+        super(LoRALinear, layer).train(linear.training)  # LoRALinear.train would merge
+        return layer
 
     def is_lora(self) -> bool:
         return hasattr(self, "lora_A")
@@ -67,17 +89,16 @@ class LoRALinear(nn.Linear):
             self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Draw A, zero B: the update starts at nothing (paper, section 4.1)."""
+        """Draw A and zero B, so that the update starts at zero (paper, section 4.1)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.product(x, self.weight, self.bias)  # (..., out)
-        if self.has_weights_merged or not self.is_lora():
+        h = self.product(x, self.weight, self.bias)  # (..., in) x (in, out) -> (..., out)
+        if self.has_weights_merged or self._times_off or not self.is_lora():
             return h
-        lora_A, lora_B = self.lora_A, self.lora_B
-        if not torch.is_autocast_enabled(x.device.type):  # a bare layer of lower precision
-            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        dtype = self.lora_A.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        lora_A, lora_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
         down = self.product(self.lora_dropout(x), lora_A) * self.lora_scaling  # (..., G·r)
         pairs = zip(down.chunk(self.lora_groups, -1), lora_B.chunk(self.lora_groups), strict=True)
         ups = [self.product(part, matrix) for part, matrix in pairs]  # G of (..., out/G)
@@ -85,39 +106,33 @@ class LoRALinear(nn.Linear):
 
     def train(self, mode: bool = True) -> "LoRALinear":
         super().train(mode)
-        if self.is_lora():
-            self._demerge() if mode else self._merge()
+        self._demerge() if mode else self._merge()
         return self
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return the update (alpha / r) B A, (out, in), computed in at least float32."""
+        """Return the update scaling · B A, (out, in), computed in at least float32."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.autocast(self.weight.device.type, enabled=False):
-            lora_A = self._grouped(self.lora_A.to(dtype))  # (G, r, in)
-            lora_B = self._grouped(self.lora_B.to(dtype))  # (G, out/G, r)
+            lora_A = self.lora_A.to(dtype).unflatten(0, (self.lora_groups, -1))  # (G, r, in)
+            lora_B = self.lora_B.to(dtype).unflatten(0, (self.lora_groups, -1))  # (G, out/G, r)
             return (lora_B @ lora_A).flatten(0, 1) * self.lora_scaling  # (out, in)
 
     def merged_weight(self) -> Tensor:
-        """Return W0 + (alpha / r) B A in the dtype of W0, (out, in); the layer stays as it is."""
+        """Return W0 + scaling · B A, (out, in), in W0's dtype; leave the layer unchanged."""
         return (self.unmerged_weight() + self.delta_weight()).to(self.weight.dtype)
 
     @torch.no_grad()
     def unmerged_weight(self) -> Tensor:
-        """Return W0, (out, in), whether or not the layer is merged."""
-        if not self.has_weights_merged:
-            return self.weight.detach()
-        if self._unmerged_weight is not None:
-            return self._unmerged_weight
-        return (self.weight - self.delta_weight()).to(self.weight.dtype)
-
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(0, (self.lora_groups, -1))  # (G·n, m) -> (G, n, m)
+        """Return W0, (out, in), of a merged or unmerged layer."""
+        if self.has_weights_merged and self._unmerged_weight is None:  # the flag was set by hand
+            return (self.weight - self.delta_weight()).to(self.weight.dtype)
+        return self._unmerged_weight if self.has_weights_merged else self.weight.detach()
 
     @torch.no_grad()
     def _merge(self) -> None:
-        if not self.has_weights_merged:
-            # Adding and subtracting would drift; the kept original comes back bit for bit.
+        if self.is_lora() and not self.has_weights_merged and not self._times_off:
+            # Subtracting the update would leave a rounding error; the copy restores every bit.
             self._unmerged_weight = self.weight.detach().clone()
             self.weight.copy_(self.merged_weight())
             self.has_weights_merged = True
@@ -134,13 +149,60 @@ class LoRALinear(nn.Linear):
             destination[prefix + "weight"] = self.unmerged_weight()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_lora():
-            self._demerge()
+        self._demerge()
         super()._load_from_state_dict(*args, **kwargs)
+        self.train(self.training)  # a layer in eval mode merges what it loaded
+
+
+def adapt(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0,
+    groups: int = 1, rank_stabilized: bool = False,
+) -> nn.Module:
+    """Put adapters on the targeted layers of `model` in place, freeze all else, return `model`.
+
+    A target is a leaf name ("q_proj") or a dotted suffix ("attn.c_proj"). Raises ValueError or
+    TypeError, before anything changes, if it matches nothing or a layer that cannot be adapted.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared layer by all its names
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    adapted: dict[nn.Module, LoRALinear] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        names = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if not names or not linears.keys() >= set(names):
+            kinds = sorted({type(modules[name]).__name__ for name in names}) or "nothing"
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise ValueError(f"target {target!r} matches {kinds}; nn.Linear layers are {leaves}")
+        for linear in [linears[name] for name in names]:
+            if sum(p is linear.weight for m in model.modules() for p in m.parameters(False)) > 1:
+                raise ValueError(f"target {target!r} has a tied weight; merging would change both")
+            cls = type(linear) if isinstance(linear, LoRALinear) else LoRALinear
+            adapted[linear] = adapted.get(linear) or cls.from_linear(
+                linear, rank, alpha, dropout, groups, rank_stabilized)
+    for name, module in modules.items():
+        if module in adapted:
+            parent, _, leaf = name.rpartition(".")
+            setattr(modules[parent], leaf, adapted[module])
+    return mark_only_lora_as_trainable(model)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Compute the base model, bit for bit, within a `with` block; blocks nest and keep the mode."""
+    before = [(m, m.has_weights_merged or m.training) for m in lora_layers(model).values()]
+    for layer, _ in before:
+        layer._demerge()  # and merge again afterwards: no copy of the weight is needed
+        layer._times_off += 1
+    try:
+        yield
+    finally:
+        for layer, may_merge in before:
+            layer._times_off -= 1
+            if may_merge and not layer.training:
+                layer._merge()
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of weights; `share` is trained / total, adapters counted in both."""
+    """Numbers of weights; `share` is trained / total, and total includes the adapters."""
 
     trained: int
     total: int
@@ -151,13 +213,13 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the weights that would be trained and all weights of `model`, tied ones once."""
+    """Count the trainable weights and all weights of `model`, tied ones once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
 
 
 def is_lora_name(name: str) -> bool:
-    """Tell whether a parameter's name ends in the leaf `lora_A` or `lora_B`."""
+    """Tell whether the last component of a parameter's name is `lora_A` or `lora_B`."""
     return name.rpartition(".")[2] in LORA_LEAVES
 
 
@@ -170,11 +232,7 @@ def mark_only_lora_as_trainable(model: nn.Module) -> nn.Module:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the layers of `model` that carry an adapter, by module name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear) and module.is_lora()
-    }
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.is_lora()}
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -183,10 +241,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `lora_state_dict` returned; a merged layer is demerged first.
+    """Load what `lora_state_dict` returned; layers in eval mode merge it.
 
-    Raises ValueError, before anything is loaded, naming every missing, unexpected and misshapen
-    entry.
+    Raises ValueError, before anything is loaded, if entries are missing, unexpected or misshapen.
     """
     check_state(lora_state_dict(model), state, "adapter")
     model.load_state_dict(state, strict=False)
@@ -196,10 +253,8 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
     """Raise ValueError if names or shapes of `state` differ from `expected`, naming each one."""
     faults = [f"missing {name}" for name in expected if name not in state]
     faults += [f"unexpected {name}" for name in state if name not in expected]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    faults += [f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+               for name, tensor in expected.items()
+               if name in state and state[name].shape != tensor.shape]
     if faults:
         raise ValueError(f"{what} does not fit the model: " + "; ".join(faults))
