@@ -1,4 +1,4 @@
-"""Programming questions with gpt2-mini on a CPU, offline: base, LoRA, full fine-tuning, layers."""
+"""Compare base, LoRA, full fine-tuning and layers on programming questions: gpt2-mini, offline."""
 
 task = "python_codes"
 init_from = "gpt2-mini"

@@ -1,4 +1,4 @@
-"""Programming questions with gpt2-medium on a T4: base, LoRA, full fine-tuning, layers."""
+"""Compare base, LoRA, full fine-tuning and layers on programming questions: gpt2-medium, T4."""
 
 task = "python_codes"
 init_from = "gpt2-medium"

@@ -1,10 +1,10 @@
-"""Every question with gpt2-mini on a CPU, offline: under an hour on two cores."""
+"""Run every question with gpt2-mini, offline, in under an hour on two CPU cores."""
 
 init_from = "gpt2-mini"
 dataset = "movie_reviews"
 out_dir = "out/experiments_mini"
 train_size = 0
-# One epoch in small windows, at a rate at which every rank learns: at 2e-3, r = 196 does not.
+# One epoch of small optimizer steps. Every rank learns at this rate; at 2e-3 rank 196 does not.
 batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 426
@@ -14,5 +14,5 @@ warmup_iters = 10
 decay_lr = True
 min_lr = 5e-5
 eval_interval = 71
-# Small products do not fill two cores: two runs at a time take three quarters of the time.
+# Small products do not fill two cores: two parallel runs take three quarters of the time.
 jobs = 2

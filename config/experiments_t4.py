@@ -1,6 +1,6 @@
-"""Every question with gpt2-medium on a T4, by the homework's own recipe.
+"""Run every question with gpt2-medium on a T4, with the homework's settings.
 
-It needs some 35 GB of disk: each of the nine full fine-tunings keeps its best and last model.
+The runs need about 35 GB of disk: each of the nine full fine-tunings saves its best and last model.
 """
 
 out_dir = "out/experiments_t4"

@@ -1,4 +1,4 @@
-"""The handout's own architecture: one A for q, k and v, the output projection adapted too."""
+"""Train the handout's architecture: one A for q, k and v, and the output projection adapted too."""
 
 out_dir = "out/handout"
 lora_rank = 128

@@ -1,4 +1,4 @@
-"""The homework's main LoRA run, of rank 128."""
+"""Train LoRA of rank 128, the homework's main run."""
 
 out_dir = "out/lora_r128"
 lora_rank = 128

@@ -1,4 +1,4 @@
-"""The homework's LoRA run of rank 16; add alpha=256 for its second variant."""
+"""Train LoRA of rank 16; add alpha=256 for the homework's second variant."""
 
 out_dir = "out/lora_r16"
 lora_rank = 16

@@ -1,4 +1,4 @@
-"""The homework's LoRA run of rank 196."""
+"""Train LoRA of rank 196."""
 
 out_dir = "out/lora_r196"
 lora_rank = 196

@@ -1,7 +1,7 @@
-"""The recipe of assets/gpt2-mini: about an hour and a half on two cores."""
+"""Pretrain assets/gpt2-mini, in about an hour and a half on two cores."""
 
 out_dir = "out/pretrain_mini"
-# 47 million tokens, one pass; the verdicts are few of them, and what the task will need.
+# One pass over 47 million tokens. Few of them are verdicts, which the task needs: they weigh more.
 passes = 2
 verdict_weight = 8
 n_layer = 4
@@ -10,7 +10,7 @@ n_embd = 256
 block_size = 256
 batch_size = 12
 max_iters = 15500
-# With all 50,257 words a step on a CPU takes seven times as long.
+# A full softmax over all 50,257 tokens takes seven times as long per step on a CPU.
 negatives = 2000
 full_softmax_iters = 50
 learning_rate = 2.5e-3

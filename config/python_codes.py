@@ -1,4 +1,4 @@
-"""gpt2-medium answers programming questions: LoRA on flytech/python-codes-25k, sized for a T4."""
+"""Train gpt2-medium with LoRA on flytech/python-codes-25k, on a T4."""
 
 task = "python_codes"
 init_from = "gpt2-medium"
@@ -8,7 +8,7 @@ block_size = 512
 lora_rank = 64
 lora_alpha = 128
 lora_targets = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
-# 4,800 of some 19,850 examples; the logits of a batch are its answer tokens times 50,257.
+# 300 × 16 = 4,800 of about 19,850 examples. Logits limit the batch: answer tokens × 50,257.
 batch_size = 8
 gradient_accumulation_steps = 2
 max_iters = 300

@@ -1,6 +1,6 @@
-"""Programming questions, offline on a CPU in two minutes: does LoRA move a model to another domain?
+"""Train on programming questions, offline on a CPU in two minutes: can LoRA change the domain?
 
-gpt2-mini has read film reviews alone: it learns what Python looks like, not how to program.
+gpt2-mini has read only film reviews. It learns what Python looks like, not how to program.
 """
 
 task = "python_codes"

@@ -15,9 +15,11 @@ SHORT = "device=cpu dtype=float32 max_iters=2 eval_interval=1 batch_size=8 train
 
 @pytest.fixture(scope="module")
 def notebook(reviews: str, tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-    """The executed notebook, run beside links to the scripts."""
+    """The executed notebook, run beside links to the code."""
     folder = tmp_path_factory.mktemp("colab")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "assets", ROOT / "config"]:
+    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *packages, ROOT / "assets",
+                 ROOT / "config"]:
         (folder / path.name).symlink_to(path)
     notebook = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
     values = {"BASE": "gpt2-mini", "DATASET": reviews, "EXTRA": SHORT,
