@@ -12,8 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
-#: The checkout, which holds `assets/` and `config/`.
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent  # holds assets/ and config/
 ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
 KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
 Config = TypeVar("Config")
@@ -56,10 +55,7 @@ def configure(
 
 
 def run_script(main: Callable[[Config], object], cls: type[Config]) -> None:
-    """Run `main(configure(cls))`; what a user can cause ends in one line on stderr and exit 2.
-
-    That is: a bad value (ValueError), a file or network (OSError), a diverging loss.
-    """
+    """Run `main(configure(cls))`; a user's error ends in one line on stderr and exit code 2."""
     try:
         main(configure(cls, description=sys.modules[main.__module__].__doc__))
     except (ValueError, OSError, FloatingPointError) as error:
@@ -76,10 +72,8 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
         yield "command line", name.removeprefix("--").replace("-", "_"), text
     elif argument.startswith("-"):
         raise ValueError(f"command line: {argument} needs a value, as in {argument}=...")
-    elif Path(argument).is_file():
-        yield from _read_file(argument)
-    elif (ROOT / argument).is_file():
-        yield from _read_file(str(ROOT / argument))
+    elif path := next(filter(Path.is_file, (Path(argument), ROOT / argument)), None):
+        yield from _read_file(str(path))
     else:
         hint = _suggest(argument, [str(path) for path in Path(argument).parent.glob("*.py")])
         raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")

@@ -1,27 +1,28 @@
-"""Tasks as instruction prompts: what is asked, what is right; and prompts as training batches.
+"""Instruction prompts, and batches of supervised tokens.
 
-A training sequence is prompt + answer + end-of-text; only the answer and the end-of-text are
-supervised. The prompt of inference is the very same prompt, so it ends where the answer begins.
+A training sequence is prompt + answer + end-of-text. Only the answer and the end-of-text are
+supervised. Inference uses the same prompt to the token, so the prompt ends where the answer begins.
 """
 
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from model import IGNORE
+from configurator import Bounds
+from model import IGNORE, GPTConfig
 from models.tokenizer import get_tokenizer
 from tasks.base import ClassificationTask, Task, prompt_template
 from tasks.python_code import PythonCodesTask
 from tasks.sources import Record
 
-ANSWER_ROOM = 8  # tokens kept free behind every prompt for the answer, at least
+ANSWER_ROOM = 8  # tokens kept free after every prompt, at least
 PROMPTS = {
     "default": (
         "Instruction: Please read the following text and classify it as either positive or "
@@ -46,13 +47,13 @@ PROMPTS = {
 
 
 def get_sentiment_prompt(text: str, label: str = "", prompt: str = "default") -> str:
-    """Ask for the sentiment of `text`; with a `label` word, its answer follows after a space."""
+    """Return the prompt for `text`; a `label` word, if given, follows as the answer."""
     answer = f" {label.strip()}" if label.strip() else ""
     return prompt_template(prompt, PROMPTS).replace("{text}", text) + answer
 
 
 class SentimentTask(ClassificationTask):
-    """Is a review positive?"""
+    """Decide whether a film review is positive."""
 
     name = "sentiment"
     dataset = "rotten_tomatoes"
@@ -75,6 +76,28 @@ def make_task(name: str, prompt: str = "default") -> Task:
     return find_task(name)(prompt)
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """Settings of the data: the task, its examples and its prompt."""
+
+    task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
+    dataset: Annotated[str, "a name or a folder; auto is the task's default data set"] = "auto"
+    prompt: Annotated[str, "a template's name, or any text with {text} in it"] = "default"
+    block_size: Annotated[int, "longest sequence in tokens; 0 is the model's limit", Bounds(0)] = 0
+    train_size: Annotated[int, "examples drawn from the training split; 0 is all", Bounds(0)] = 5000
+    test_size: Annotated[int, "evenly spaced test examples; 0 is all", Bounds(0)] = 0
+    seed: Annotated[int, "for adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
+
+
+Data = TypeVar("Data", bound=DataConfig)
+
+
+def resolve_dataset(config: Data) -> Data:
+    """Replace dataset="auto" by the default data set of the task."""
+    auto = config.dataset == "auto"
+    return replace(config, dataset=find_task(config.task).dataset) if auto else config
+
+
 class Example(NamedTuple):
     """Token ids of one prompt and of its answer, which ends with end-of-text."""
 
@@ -84,7 +107,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one shared prefix: `prefix` (1, P), and what follows it, padded on the right.
+    """Sequences behind one shared `prefix` (1, P), padded on the right.
 
     `inputs` and `targets` are (B, T); a target is the token after its input, or -100.
     """
@@ -118,51 +141,51 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
 def make_batches(
     examples: Sequence[Example], prefix: list[int], batch_size: int
 ) -> list[Batch]:
-    """Return batches of examples of similar length, shortest first, cut by `equal_parts`."""
+    """Sort `examples` by length and split them into batches with `equal_parts`."""
     by_length = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
     lengths = [len(e.prompt) + len(e.answer) - len(prefix) for e in by_length]
     return [collate(by_length[part], prefix) for part in equal_parts(lengths, batch_size)]
 
 
 def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
-    """Cut rows of these `lengths` into batches of about equally many tokens.
+    """Split rows of these `lengths` into batches with about the same number of tokens.
 
-    There are as many as if each took `batch_size` rows, so that many short rows go with few long
-    ones: no batch needs much more memory or time than another.
+    There are as many batches as with `batch_size` rows each, but a batch of short rows holds more
+    of them: all batches need about the same memory and time.
     """
     number, total = -(-len(lengths) // batch_size), list(accumulate(lengths))
     bounds = [0]
     for i in range(1, number + 1):
         bound = bisect_left(total, i * total[-1] / number) + 1
-        rest = number - i  # of the batches after this one, which take a row each at least
+        rest = number - i  # each later batch needs at least one row
         bounds.append(min(max(bound, bounds[-1] + 1), len(lengths) - rest))
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:
-    """Drop the shared `prefix`, pad on the right, and shift: position t is asked for token t+1."""
+    """Drop the shared `prefix`, pad on the right, and shift: position t predicts token t+1."""
     start = len(prefix)
     inputs, targets = [], []
     for prompt, answer in examples:
         inputs.append((prompt + answer)[start:-1])
         targets.append([IGNORE] * (len(prompt) - start - 1) + answer)
-    shared = torch.tensor([prefix], dtype=torch.long)  # (1, P), of P = 0 too
+    shared = torch.tensor([prefix], dtype=torch.long)  # (1, P), also for P = 0
     return Batch(shared, pad(inputs, value=0), pad(targets, IGNORE))
 
 
 def pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    """Return `rows` as one tensor (B, T), filled on the right with `value`."""
+    """Return `rows` as one tensor (B, T), padded on the right with `value`."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 class CustomDataLoader:
-    """Serves one task's data: training windows, fixed validation batches, prompts to complete.
+    """Serve a task's data: training windows, fixed validation batches, prompts to complete.
 
-    `train_size` records are drawn from the training split with `seed`; 0 takes all. Sequences
-    never exceed `block_size` tokens: the text of a too long prompt is cut, its instruction is not;
-    so is the end of an answer that does not fit behind it. `share_prefix=False` gives plain padded
-    batches, the reference for the fast path.
+    `seed` draws `train_size` records from the training split; 0 takes all. Sequences never exceed
+    `block_size` tokens: the loader cuts the text of a prompt that is too long, never its
+    instruction, and the end of an answer that does not fit. `share_prefix=False` gives plain
+    padded batches, the reference for the fast path.
     """
 
     def __init__(
@@ -175,7 +198,7 @@ class CustomDataLoader:
         self._records: dict[str, list[Record]] = {}
 
     def records(self, split: str) -> list[Record]:
-        """Return the records of a split, with `instr_tuned_text` added."""
+        """Return the records of a split, each with an `instr_tuned_text`."""
         if split not in self._records:
             records = self.task.read(self.dataset, split)
             if split == "train" and 0 < self.train_size < len(records):
@@ -187,23 +210,23 @@ class CustomDataLoader:
         return rec | {"instr_tuned_text": self.task.prompt(rec) + self.task.answer(rec)}
 
     def spread(self, split: str, number: int = 0) -> list[Record]:
-        """Return `number` records of a split, always the same, evenly spread; 0 means all."""
+        """Return `number` evenly spaced records of a split, always the same ones; 0 means all."""
         records = self.records(split)
         number = min(number or len(records), len(records))
         return [records[i * len(records) // number] for i in range(number)]
 
     @property
     def longest_answer(self) -> int:
-        """Tokens that an answer may have, unless asked otherwise: half of a sequence at most."""
+        """Default limit of an answer in tokens: the task's, but at most half of a sequence."""
         return min(self.task.answer_tokens, self.block_size // 2)
 
     @property
     def answer_room(self) -> int:
-        """Tokens kept free behind every prompt."""
+        """Tokens kept free after every prompt."""
         return max(ANSWER_ROOM, self.longest_answer)
 
     def encode_prompt(self, record: Record, room: int = 0) -> list[int]:
-        """Return the prompt's token ids, its text cut so that the answer, or `room` tokens, fit.
+        """Return the prompt's token ids, its text cut so that `room` tokens and the answer fit.
 
         Raises ValueError if the instruction alone is too long.
         """
@@ -225,19 +248,19 @@ class CustomDataLoader:
         return ids
 
     def encode(self, record: Record) -> Example:
-        """Return prompt and answer; one that is cut does not end with end-of-text."""
+        """Return prompt and answer; an answer that was cut does not end with end-of-text."""
         prompt = self.encode_prompt(record)
         answer = [*self._encode(self.task.answer(record)), self.tokenizer.eot_token]
         return Example(prompt, answer[: self.block_size - len(prompt)])
 
     @property
     def answers_cut(self) -> int:
-        """How many answers of the training records are too long for a sequence."""
+        """Number of training answers that were too long for a sequence."""
         end = self.tokenizer.eot_token
         return sum(example.answer[-1] != end for example in self._training_set[0])
 
     def _encode(self, text: str) -> list[int]:
-        """Tokenize plain text: a review that spells out a special token is still only text."""
+        """Tokenize plain text; a special token spelled out in a review stays plain text."""
         return self.tokenizer.encode_ordinary(text)
 
     @cached_property
@@ -251,9 +274,9 @@ class CustomDataLoader:
     def window(self, iteration: int, size: int, batch_size: int) -> list[Batch]:
         """Return the `size` examples of one optimizer step, as batches of similar length.
 
-        The order is a function of the seed and the iteration alone: each epoch is a fresh
-        permutation, and a run that resumes sees what it would have seen. Sorting happens within
-        the window, so that it changes the padding but not the gradient.
+        The order depends only on the seed and the iteration: each epoch is a new permutation, and
+        a resumed run sees the same batches. Sorting happens within the window, so it changes the
+        padding but not the gradient.
         """
         examples, prefix = self._training_set
         chosen = []
@@ -267,3 +290,20 @@ class CustomDataLoader:
         examples = [self.encode(record) for record in records]
         prefix = self.prefix([example.prompt for example in examples])
         return make_batches(examples, prefix, batch_size)
+
+
+def make_loader(config: DataConfig, shape: GPTConfig) -> CustomDataLoader:
+    """Return the loader of `config`'s data, in sequences that a model of this `shape` can hold.
+
+    Raises ValueError if `block_size` exceeds the model's or if its vocabulary is too small.
+    """
+    if config.block_size > shape.block_size:
+        raise ValueError(f"block_size={config.block_size}, but the model has {shape.block_size}")
+    task = make_task(config.task, config.prompt)
+    loader = CustomDataLoader(
+        resolve_dataset(config).dataset, task, config.block_size or shape.block_size,
+        config.train_size, config.seed)
+    if shape.vocab_size < loader.tokenizer.n_vocab:
+        raise ValueError(f"the model has {shape.vocab_size} tokens, but GPT-2's tokenizer has "
+                         f"{loader.tokenizer.n_vocab}")
+    return loader

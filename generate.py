@@ -12,10 +12,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +23,22 @@ from tqdm import tqdm
 
 from checkpoints.files import atomic_write, write_json
 from configurator import Bounds, run_script
-from dataloader import TASKS, CustomDataLoader, collate, equal_parts, find_task, make_task, pad
-from methods.build import load_checkpoint
+from dataloader import (
+    CustomDataLoader,
+    DataConfig,
+    collate,
+    equal_parts,
+    make_loader,
+    pad,
+    resolve_dataset,
+)
+from methods.build import MethodConfig, load_checkpoint
 from model import GPT, IGNORE
 from models.tokenizer import vocabulary_files
 from runtime.device import (
     DeviceConfig,
     autocast,
-    device_name,
+    dtype_name,
     out_of_memory_told,
     resolve_dtype,
     set_up_memory,
@@ -43,31 +51,19 @@ from runtime.processes import (
     rank,
     start_processes,
 )
-from runtime.run_folder import read_run
+from runtime.run_folder import FolderConfig, read_run, run_dtype
 from tasks.scores import Completion
 from tasks.sources import Record
 
 
 @dataclass(frozen=True)
-class RunConfig(DeviceConfig):
-    """Settings that training and scoring share."""
-
-    init_from: Annotated[str, "gpt2-mini, gpt2, a hub id, a folder, or resume"] = "gpt2-medium"
-    out_dir: Annotated[str, "folder of the run"] = "out"
-    seed: Annotated[int, "of adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
-    task: Annotated[str, f"what is asked: {', '.join(TASKS)}"] = "sentiment"
-    dataset: Annotated[str, "a name or a folder (see README); auto is the task's own"] = "auto"
-    prompt: Annotated[str, "a template of the task's, or any with {text}"] = "default"
-
-
-@dataclass(frozen=True)
-class GenerateConfig(RunConfig):
+class GenerateConfig(DeviceConfig, FolderConfig):
     """Settings of `generate.py`."""
 
     init_from: Annotated[str, "resume (a run in out_dir), or an untrained model"] = "resume"
     checkpoint: Annotated[Literal["best", "last"], "of the run (with resume)"] = "best"
     task: Annotated[str, "as in train.py; auto is the run's, else sentiment"] = "auto"
-    dataset: Annotated[str, "as in train.py; auto is the run's, else the task's own"] = "auto"
+    dataset: Annotated[str, "as in train.py; auto is the run's, else the task's default"] = "auto"
     prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
     block_size: Annotated[int, "longest sequence; 0 is the run's, else the model's", Bounds(0)] = 0
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
@@ -78,22 +74,46 @@ class GenerateConfig(RunConfig):
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
     top_k: Annotated[int, "sample among the k likeliest; 0 is all; 1 is greedy", Bounds(0)] = 0
     batch_size: Annotated[int, "prompts per batch", Bounds(1)] = 64
+    seed: Annotated[int, "for sampling", Bounds(0, 2**63 - 1)] = DataConfig.seed
 
 
-# The settings behind a model that was never trained here.
-UNTRAINED = {
-    "task": RunConfig.task, "dataset": RunConfig.dataset, "prompt": RunConfig.prompt,
-    "seed": RunConfig.seed, "dtype": RunConfig.dtype, "block_size": 0, "train_size": 0,
-    "test_size": 0,
-}
+@dataclass(frozen=True)
+class ModelSettings(MethodConfig, DataConfig):
+    """The settings of a run that decide its model and its questions."""
+
+
+UNTRAINED = ModelSettings(lora_rank=0, train_size=0)  # a model that has no run
+
+
+@dataclass(frozen=True)
+class Question(DataConfig):
+    """What is asked of a model, on which data, and how it answers: every "auto" is resolved."""
+
+    split: str = "test"
+    limit: int = 0  # examples to score; 0 is all
+    max_new_tokens: int = 0  # 0 is the task's limit
+    temperature: float = 0.0
+    top_k: int = 0
+    sampling_seed: int = 0
+    dtype: str = "auto"
+
+
+class Subject(NamedTuple):
+    """A model to score, the settings behind it, and the folder of its results."""
+
+    model: GPT
+    settings: ModelSettings
+    folder: Path
+    dtype: torch.dtype
+    own_dtype: str  # of its run; "auto" for an untrained model
 
 
 class ModelSampler:
-    """Asks `model` the prompts of a task and reads its answers.
+    """Generate the answers of `model` to the prompts of a task.
 
     Prompts run in batches of similar length behind their cached common prefix, with the adapters
-    merged; a batch stops as soon as each of its rows has ended. `max_new_tokens=0` is the task's
-    own number, or half of the sequence if that is less.
+    merged. A batch stops as soon as all of its rows have ended. `max_new_tokens=0` is the task's
+    limit, or half of the sequence if that is less.
     """
 
     def __init__(
@@ -113,7 +133,7 @@ class ModelSampler:
     ) -> list[Any]:
         """Return the task's prediction for each record, in the order of `records`.
 
-        With `likelihood` they tell how likely the model finds the right answers, too.
+        With `likelihood` a prediction also holds the log-likelihood of the right answer.
         """
         if not records:  # fewer records than processes
             return []
@@ -129,7 +149,7 @@ class ModelSampler:
         return [judge(Completion(*one, *other)) for one, other in zip(said, right, strict=True)]
 
     def _complete(self, prompts: list[list[int]], progress: str) -> list[tuple[Any, ...]]:
-        """Return for each prompt the text, its tokens, whether it ended, the choices' odds."""
+        """Return for each prompt: text, tokens, whether it ended, log-probability of choices."""
         prefix = self.loader.prefix(prompts)
         past = self.model.prefill(self._tensor([prefix]).long())
         own = [prompt[len(prefix) :] for prompt in prompts]
@@ -140,13 +160,13 @@ class ModelSampler:
         return [found[i] for i in range(len(prompts))]
 
     def _by_length(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return batches of the numbers of `sequences`, shortest first."""
+        """Return the indices of `sequences` in batches, shortest first."""
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         parts = equal_parts([len(sequences[i]) for i in order], self.batch_size)
         return [order[part] for part in parts]
 
     def _likelihoods(self, records: Sequence[Record]) -> list[tuple[float, int]]:
-        """Return the nats of each right answer, its end-of-text included, and its tokens."""
+        """Return the nats and the tokens of each right answer with its end-of-text."""
         examples = [self.loader.encode(record) for record in records]
         prefix = self.loader.prefix([example.prompt for example in examples])
         past = self.model.prefill(self._tensor([prefix]).long())
@@ -160,7 +180,7 @@ class ModelSampler:
         return [found[i] for i in range(len(records))]
 
     def _answer(self, prompts: list[list[int]], past: Any) -> list[tuple[Any, ...]]:
-        """Complete `prompts`, what remains of them after the prefix that `past` holds."""
+        """Complete `prompts`, given without the prefix that `past` holds."""
         lengths = self._tensor([len(prompt) for prompt in prompts])
         odds: list[list[float]] = []
         tokens = []
@@ -174,16 +194,15 @@ class ModelSampler:
         return [(*self._text(ids), row) for ids, row in zip(said, odds, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """Return what the answers depend on beside the weights."""
-        return {
-            "dataset": self.loader.dataset, "prompt": self.loader.task.template,
-            "dtype": str(self.dtype).removeprefix("torch."), "temperature": self.temperature,
-            "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
-            "block_size": self.loader.block_size,
-        }
+        """Return the settings that the answers depend on."""
+        loader = self.loader
+        return {"dataset": loader.dataset, "prompt": loader.task.template,
+                "dtype": dtype_name(self.dtype), "temperature": self.temperature,
+                "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
+                "block_size": loader.block_size}
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
-        """Return the text up to end-of-text, its tokens, and whether it ended so."""
+        """Return the text up to end-of-text, its number of tokens, and whether it ended."""
         ended = self.loader.tokenizer.eot_token in ids
         length = ids.index(self.loader.tokenizer.eot_token) if ended else len(ids)
         return self.loader.tokenizer.decode(ids[:length]), length, ended
@@ -192,11 +211,23 @@ class ModelSampler:
         return torch.as_tensor(values, device=self.model.device)
 
 
+def predict_labels(dataset: Sequence[Record], sampler: ModelSampler) -> list[int]:
+    """Return the label that the model generates for each record of `dataset`; garbage is -1.
+
+    Raises ValueError for a task whose answers are not labels.
+    """
+    if not sampler.loader.task.choices:
+        raise ValueError(f"task={sampler.loader.task.name!r} has no labels")
+    return [prediction.label for prediction in sampler.predict(dataset)]
+
+
 def score(
     sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
 ) -> dict[str, Any]:
-    """Return the scores of `records`, which all processes share. With a `folder`, write every
-    prediction to `predictions{suffix}.jsonl` in it, then the scores to `results{suffix}.json`.
+    """Return the scores of `records`, which all processes share.
+
+    With a `folder`, write each prediction to `predictions{suffix}.jsonl` in it, then the scores
+    to `results{suffix}.json`.
     """
     task = sampler.loader.task
     share = sampler.predict(own_share(records), "scoring" if folder else "", task.likelihood)
@@ -219,97 +250,70 @@ def slug(text: str) -> str:
     return f"{name[:40].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def results_suffix(
-    config: GenerateConfig, settings: Mapping[str, Any], longest_answer: int
-) -> str:
-    """Name what differs from the run's own test score, so that no result overwrites another."""
-    own = own_settings(config, settings)
-    parts = [config.split] if config.split != "test" else []
-    if config.task not in ("auto", settings["task"]):
-        parts.append(f"task_{config.task}")
-    for name in ("dataset", "prompt"):
-        if (value := getattr(config, name)) not in ("auto", own[name]):
-            parts.append(f"{name}_{slug(value)}")
-    parts += [f"{name}{value}" for name, value, known in (
-        ("block", config.block_size, (0, settings["block_size"])),
-        ("limit", limit_of(config, settings),
-         (settings["test_size"] if config.split == "test" else 0,)),
-        ("tokens", config.max_new_tokens, (0, longest_answer)),
-    ) if value not in known]
-    if config.temperature > 0 and config.top_k != 1:
-        parts.append(f"temperature{config.temperature:g}_top{config.top_k}_seed{config.seed}")
-    if config.dtype not in ("auto", settings["dtype"]):
-        parts.append(config.dtype)
-    return "".join(f"-{part}" for part in parts)
+def resolve_question(
+    config: GenerateConfig, settings: ModelSettings, own_dtype: str = "auto"
+) -> Question:
+    """Resolve every "auto" of `config` by the `settings` behind the model.
+
+    Another task than the model's comes with its own default data set and prompt.
+    """
+    task = settings.task if config.task == "auto" else config.task
+    if task != settings.task:
+        settings = replace(settings, task=task, dataset="auto", prompt="default")
+    settings = resolve_dataset(settings)
+    own_limit = settings.test_size if config.split == "test" else 0
+    return Question(
+        task=task,
+        dataset=settings.dataset if config.dataset == "auto" else config.dataset,
+        prompt=settings.prompt if config.prompt == "auto" else config.prompt,
+        block_size=config.block_size or settings.block_size,
+        train_size=settings.train_size, test_size=settings.test_size, seed=settings.seed,
+        split=config.split, limit=own_limit if config.limit < 0 else config.limit,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+        sampling_seed=config.seed, dtype=own_dtype if config.dtype == "auto" else config.dtype,
+    )
 
 
-def limit_of(config: GenerateConfig, settings: Mapping[str, Any]) -> int:
-    """Return how many examples to score; 0 is all."""
-    if config.limit >= 0:
-        return config.limit
-    return settings["test_size"] if config.split == "test" else 0
+def results_suffix(question: Question, own: Question, task: str) -> str:
+    """Name what differs from the run's `own` question, so that no result overwrites another.
+
+    `task` is the run's; both questions name the tokens of their longest answer.
+    """
+    sampled = question.temperature > 0 and question.top_k != 1
+    differs = {
+        question.split: question.split != "test",
+        f"task_{question.task}": question.task != task,
+        f"dataset_{slug(question.dataset)}": question.dataset != own.dataset,
+        f"prompt_{slug(question.prompt)}": question.prompt != own.prompt,
+        f"block{question.block_size}": question.block_size != own.block_size,
+        f"limit{question.limit}": question.limit != own.limit,
+        f"tokens{question.max_new_tokens}": question.max_new_tokens != own.max_new_tokens,
+        f"temperature{question.temperature:g}_top{question.top_k}_seed{question.sampling_seed}":
+            sampled,
+        question.dtype: question.dtype != own.dtype,
+    }
+    return "".join(f"-{part}" for part, different in differs.items() if different)
 
 
-def dataset_of(settings: Mapping[str, Any]) -> str:
-    """Return the data set that `settings` name; auto is the one of their task."""
-    dataset = settings["dataset"]
-    return find_task(settings["task"]).dataset if dataset == "auto" else dataset
-
-
-def own_settings(config: GenerateConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's `settings` for the task that is asked: another one has its own data."""
-    task = settings["task"] if config.task == "auto" else config.task
-    other = {"task": task, "dataset": "auto", "prompt": "default"}
-    settings = {**settings, **({} if task == settings["task"] else other)}
-    return {**settings, "dataset": dataset_of(settings)}
-
-
-def question_settings(config: GenerateConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's `settings` with what is asked instead."""
-    chosen = {name: value for name in ("dataset", "prompt")
-              if (value := getattr(config, name)) != "auto"}
-    block_size = config.block_size or settings["block_size"]
-    return {**own_settings(config, settings), **chosen, "block_size": block_size}
-
-
-def make_loader(settings: Mapping[str, Any], model: GPT) -> CustomDataLoader:
-    """Serve the data that `settings` name in sequences that `model` can hold."""
-    longest = model.config.block_size
-    if settings["block_size"] > longest:
-        raise ValueError(f"block_size={settings['block_size']}, but the model has {longest}")
-    task = make_task(settings["task"], settings["prompt"])
-    loader = CustomDataLoader(dataset_of(settings), task, settings["block_size"] or longest,
-                              settings["train_size"], settings["seed"])
-    if model.config.vocab_size < loader.tokenizer.n_vocab:
-        raise ValueError(f"the model knows {model.config.vocab_size} tokens, but GPT-2's "
-                         f"tokenizer makes {loader.tokenizer.n_vocab}")
-    return loader
-
-
-def load_subject(config: GenerateConfig) -> tuple[GPT, torch.dtype, dict[str, Any], Path]:
-    """Return the model to score, its compute dtype, the settings behind it, and its folder."""
+def load_subject(config: GenerateConfig) -> Subject:
+    """Load the model that `config` names: an untrained one, or a checkpoint of a run."""
     device = start_processes(config.device)
     if config.init_from != "resume":
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
-        return model, dtype, dict(UNTRAINED), folder
+        return Subject(model, UNTRAINED, folder, dtype, "auto")
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
-    settings = run["settings"] | {"dtype": run["dtype"]}  # what auto came to
-    return load_checkpoint(folder, settings, device, dtype), dtype, settings, folder
-
-
-def run_dtype(run: Mapping[str, Any] | None, name: str, device: torch.device) -> torch.dtype:
-    """Resolve the dtype called `name`; auto is that of a saved `run` on hardware like its own."""
-    own = run is not None and name == "auto" and run["device"] == device_name(device)
-    return resolve_dtype(run["dtype"] if own else name, device)
+    settings = run.config(ModelSettings)
+    model = load_checkpoint(folder, settings, device, dtype)
+    return Subject(model, settings, folder, dtype, run.dtype)
 
 
 def export_model(model: GPT, folder: Path) -> None:
-    """Write `model`, its adapters merged, and GPT-2's tokenizer to a new folder, or nothing at all.
+    """Write `model` with merged adapters and GPT-2's tokenizer to a new folder, or nothing at all.
 
-    transformers loads the folder, and so do the programs that convert from it.
+    transformers and the converters that build on it load the folder.
     Raises ValueError if `folder` exists, OSError if it cannot be written.
     """
     if folder.exists():
@@ -325,28 +329,38 @@ def export_model(model: GPT, folder: Path) -> None:
         made.rename(folder)
 
 
+def answer_text(sampler: ModelSampler, text: str) -> None:
+    """Print the model's answer to one text."""
+    (prediction,) = sampler.predict([{sampler.loader.task.text_field: text}])
+    print("\n".join(sampler.loader.task.tell(prediction)))
+
+
 def answer(config: GenerateConfig) -> None:
-    """Export, answer one text, or score a split; what is written and printed is rank 0's."""
-    model, dtype, settings, folder = load_subject(config)
+    """Export the model, answer one text, or score a split; rank 0 writes and prints."""
+    subject = load_subject(config)
     if config.export:
         if rank() == 0:
-            export_model(model, Path(config.export))
+            export_model(subject.model, Path(config.export))
             print(f"written: {config.export}")
         return
-    loader = make_loader(question_settings(config, settings), model)
-    sampler = ModelSampler(model, loader, dtype, config.batch_size, config.max_new_tokens,
-                           config.temperature, config.top_k)
+    question = resolve_question(config, subject.settings, subject.own_dtype)
+    own = resolve_question(GenerateConfig(task=question.task, split=question.split),
+                           subject.settings, subject.own_dtype)
+    loader = make_loader(question, subject.model.config)
+    question, own = (replace(asked, max_new_tokens=asked.max_new_tokens or loader.longest_answer)
+                     for asked in (question, own))
+    sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,
+                           question.max_new_tokens, question.temperature, question.top_k)
     if config.text:
         if rank() == 0:
-            (prediction,) = sampler.predict([{loader.task.text_field: config.text}])
-            print("\n".join(loader.task.tell(prediction)))
+            answer_text(sampler, config.text)
         return
-    suffix = results_suffix(config, settings, loader.longest_answer)
-    records = loader.spread(config.split, limit_of(config, settings))
-    results = score(sampler, records, folder, suffix)
+    suffix = results_suffix(question, own, subject.settings.task)
+    results = score(sampler, loader.spread(question.split, question.limit), subject.folder, suffix)
     if rank() == 0:
-        print(f"{folder}, {loader.dataset} {config.split}: {loader.task.describe(results)}")
-        print(f"written: {folder / f'results{suffix}.json'}")
+        print(f"{subject.folder}, {loader.dataset} {question.split}: "
+              f"{loader.task.describe(results)}")
+        print(f"written: {subject.folder / f'results{suffix}.json'}")
 
 
 @out_of_memory_told()

@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,14 @@ class BenchConfig(DeviceConfig):
     out_dir: Annotated[str, "folder of bench.json, bench.md and bench.png"] = "out/bench"
 
 
+def require_rivals() -> None:
+    """Raise ValueError, naming the command that installs them, if the rivals are missing."""
+    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"bench compares with {' and '.join(missing)}; install it with: "
+                         "pip install -r requirements-dev.txt")
+
+
 def own_dtype(config: BenchConfig) -> str:
     return str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch.")
 
@@ -73,12 +82,12 @@ def contenders(config: BenchConfig) -> list[Contender]:
             Contender("peft", "float32", 8, 16)]
 
 
-def settings_of(config: BenchConfig, contender: Contender) -> dict[str, Any]:
-    """Return the settings of a training run as the homework has it, for one contender."""
+def config_of(config: BenchConfig, contender: Contender) -> TrainConfig:
+    """Return the settings of a homework training run for one contender."""
     rank = 0 if contender.way == "full" else config.lora_rank
-    return asdict(TrainConfig(
+    return TrainConfig(
         device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
-        batch_size=config.batch_size, seed=config.seed, lora_rank=rank, lora_alpha=4.0 * rank))
+        batch_size=config.batch_size, seed=config.seed, lora_rank=rank, lora_alpha=4.0 * rank)
 
 
 def take_turns(
@@ -97,7 +106,7 @@ def take_turns(
     for turn in tqdm(range(config.rounds + 1), verb, unit="round"):
         for rival in rivals:
             if turn == 0:  # not all at once: a start would disturb the first step of another
-                workers[rival.name] = Worker(rival, folder, settings_of(config, rival))
+                workers[rival.name] = Worker(rival, folder, config_of(config, rival))
             chosen = spread(records, getattr(rival, verb), rng)
             measures[rival.name].append(workers[rival.name].ask(verb, chosen))
         for dtype, found in peaks.items():
@@ -263,6 +272,7 @@ def write(report: dict[str, Any], out_dir: Path) -> None:
 
 @out_of_memory_told()
 def main(config: BenchConfig) -> None:
+    require_rivals()
     parts = config.what.replace(",", " ").split()
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")

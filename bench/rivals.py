@@ -8,7 +8,6 @@ compute what ours computes: the tests compare losses, gradients and answers.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +30,12 @@ NEW_TOKENS = 5  # that every contender generates for an answer
 class Ours:
     """This package; with `lora_rank=0` full fine-tuning."""
 
-    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
-        self.dtype = resolve_dtype(settings["dtype"], device)
-        self.model = build_model(folder, settings, device, self.dtype)
-        self.loader = make_loader(settings, self.model)
-        self.batch_size = settings["batch_size"]
-        self.optimizer = configure_optimizer(self.model, TrainConfig(**settings))
+    def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
+        self.dtype = resolve_dtype(config.dtype, device)
+        self.model = build_model(folder, config, device, self.dtype)
+        self.loader = make_loader(config, self.model.config)
+        self.batch_size = config.batch_size
+        self.optimizer = configure_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def train(self, records: Sequence[Record]) -> None:
@@ -87,10 +86,10 @@ class Baseline:
 
     model: nn.Module
 
-    def __init__(self, settings: dict[str, Any], block_size: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, block_size: int, device: torch.device) -> None:
         self.device = device
         self.micro_batch = 4 if device.type == "cpu" else 32  # on a CPU 16 is slower
-        self.loader = CustomDataLoader(settings["dataset"], SentimentTask(), block_size)
+        self.loader = CustomDataLoader(config.dataset, SentimentTask(), block_size)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2.5e-4, weight_decay=0.1)
 
@@ -112,12 +111,12 @@ class Baseline:
 class HandoutStyle(Baseline):
     """The usual homework solution; settings as for `model.build_model`, weights in float32."""
 
-    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
-        self.model = build_model(folder, settings, device, torch.float32)
+    def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
+        self.model = build_model(folder, config, device, torch.float32)
         for layer in self.model.modules():
             if isinstance(layer, LoRALinear):
                 layer.__class__ = DenseLoRALinear
-        super().__init__(settings, self.model.config.block_size, device)
+        super().__init__(config, self.model.config.block_size, device)
 
     def save(self, folder: Path) -> None:
         """Save the whole frozen model with the optimizer, as that code does."""
@@ -154,17 +153,17 @@ class PeftStyle(Baseline):
 
     score_batch = 16
 
-    def __init__(self, folder: str, settings: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model  # for this contender only: slow to import
         from transformers import GPT2LMHeadModel
 
         base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-        config = LoraConfig(
-            r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], target_modules=["c_attn"],
-            lora_dropout=settings["lora_dropout"], fan_in_fan_out=True, task_type="CAUSAL_LM",
+        adapter = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["c_attn"],
+            lora_dropout=config.lora_dropout, fan_in_fan_out=True, task_type="CAUSAL_LM",
         )
-        self.model = get_peft_model(base, config).to(device)
-        super().__init__(settings, base.config.n_positions, device)
+        self.model = get_peft_model(base, adapter).to(device)
+        super().__init__(config, base.config.n_positions, device)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -19,6 +19,7 @@ from model import GPT, SIZES, GPTConfig
 from models.tokenizer import get_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory
 from tasks.sources import Record
+from train import TrainConfig
 
 # With the positions of the others, which long reviews take.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
@@ -48,11 +49,11 @@ class Measure(NamedTuple):
     age: float  # seconds since the process was started
 
 
-def work(pipe: Connection, way: Way, folder: str, settings: dict[str, Any], started: float) -> None:
+def work(pipe: Connection, way: Way, folder: str, config: TrainConfig, started: float) -> None:
     """Serve one contender: answer each (verb, argument) with a `Measure`, until the pipe closes."""
     set_up_memory()
-    device = resolve_device(settings["device"])
-    contender = WAYS[way](folder, settings, device)
+    device = resolve_device(config.device)
+    contender = WAYS[way](folder, config, device)
     on_cuda = device.type == "cuda"
     while True:
         try:
@@ -78,11 +79,11 @@ def checkpoint_bytes(contender: Any) -> int:
 class Worker:
     """A contender in a process of its own."""
 
-    def __init__(self, contender: Contender, folder: str, settings: dict[str, Any]) -> None:
+    def __init__(self, contender: Contender, folder: str, config: TrainConfig) -> None:
         self.contender = contender
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, contender.way, folder, settings, time.time())
+        arguments = (theirs, contender.way, folder, config, time.time())
         self.process = context.Process(target=work, args=arguments, daemon=True)
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's
         self.process.start()

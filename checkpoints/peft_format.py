@@ -16,14 +16,14 @@ PEFT_MATH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "
 
 
 def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
-    """Write the adapters of `model` in PEFT's layout, naming the `base_model` they belong to."""
+    """Write the adapters of `model` in PEFT's layout, with the name of their `base_model`."""
     config, tensors = peft_state_dict(model)
     write_json(Path(folder) / ADAPTER_CONFIG, config | {"base_model_name_or_path": base_model})
     write_tensors(Path(folder) / ADAPTER, tensors)
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
-    """Load adapters in PEFT's layout. Raises ValueError where they do not fit `model`."""
+    """Load adapters in PEFT's layout. Raises ValueError if they do not fit `model`."""
     config = read_json(Path(folder) / ADAPTER_CONFIG)
     load_peft_state_dict(model, config, read_tensors(Path(folder) / ADAPTER))
 
@@ -31,8 +31,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
 def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the adapter as PEFT stores it: the fields of its `LoraConfig`, and its tensors.
 
-    PEFT knows one pair a layer, so a layer of G groups becomes the exactly equal adapter of rank
-    G·r whose B is block diagonal; its scaling stays (G·alpha) / (G·r).
+    PEFT has one pair per layer, so a layer of G groups becomes the equal adapter of rank G·r with a
+    block-diagonal B; alpha grows with it, so that the scaling stays the same.
     """
     layers, targets, tensors, ranks, alphas = lora_layers(model), set(), {}, {}, {}
     if not layers:
@@ -42,7 +42,8 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
         targets.add(leaf)
         if layer.lora_groups > 1:
             ranks[leaf] = layer.lora_groups * rank
-            alphas[leaf] = layer.lora_groups * layer.lora_alpha
+            root = 0.5 if layer.lora_rank_stabilized else 1
+            alphas[leaf] = layer.lora_groups**root * layer.lora_alpha
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
         blocks = layer.lora_B.detach().chunk(layer.lora_groups)  # each (out/G, r)
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.block_diag(*blocks)
@@ -51,7 +52,8 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
         "r": rank, "lora_alpha": layer.lora_alpha, "lora_dropout": layer.lora_dropout.p,
         "target_modules": sorted(targets),
         "rank_pattern": ranks, "alpha_pattern": alphas,
-        "fan_in_fan_out": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
+        "fan_in_fan_out": True, "modules_to_save": None,
+        "use_rslora": layer.lora_rank_stabilized, "use_dora": False,
     }
     return config, tensors
 

@@ -1,33 +1,94 @@
-"""The state of a run between two optimizer steps, as a file that holds no code."""
+"""The state of a training run between two optimizer steps, as a file that holds no code."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoints.files import atomic_write
+from lora import check_state
+
+STATE_FILE = "trainer_state.pt"
+
+
+class TrainerState:
+    """The parts of a run that change with every step: weights, optimizer, scaler, generators.
+
+    `weights` are the tensors that are trained; `restore` copies into them in place.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler, device: torch.device,
+    ) -> None:
+        self.weights, self.optimizer, self.scaler = weights, optimizer, scaler
+        self.device = device
+
+    def save(self, folder: Path, settings: Mapping[str, Any], **progress: Any) -> None:
+        """Write the state with the run's `settings` and `progress` to `folder`."""
+        on_cuda = self.device.type == "cuda"
+        write_state(folder / STATE_FILE, {
+            "settings": dict(settings), **progress, "weights": dict(self.weights),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_cuda else None,
+        })
+
+    def read(self, folder: Path, *progress: str) -> dict[str, Any]:
+        """Return the saved state, which must name every `progress`; nothing is restored yet.
+
+        Raises ValueError if it is damaged or does not fit, OSError if there is none.
+        """
+        path = folder / STATE_FILE
+        state = read_state(path)
+        needed = {"settings", "weights", "optimizer", "scaler", *progress}
+        if missing := needed - state.keys():
+            raise ValueError(f"{path} is damaged or from another program: it lacks "
+                             f"{', '.join(sorted(missing))}")
+        return state
+
+    def restore(self, state: Mapping[str, Any], folder: Path, generators: bool = True) -> None:
+        """Copy a state that `read` returned into the run; with `generators` the random ones, too.
+
+        Raises ValueError if a part does not fit the run.
+        """
+        path = folder / STATE_FILE
+        check_state(self.weights, state["weights"], str(path))
+        try:
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler.is_enabled() and state["scaler"]:  # empty if the run was not in float16
+                self.scaler.load_state_dict(state["scaler"])
+            if generators and "rng" in state:
+                torch.set_rng_state(state["rng"])
+            if generators and self.device.type == "cuda" and state.get("cuda_rng") is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a trainer's state: tensors, numbers and texts in nested containers."""
+    """Write tensors, numbers and texts in nested containers."""
     with atomic_write(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # torch's word for a full disk
+        except RuntimeError as error:  # torch reports a full disk this way
             raise OSError(error) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote; no code in the file is run.
+    """Read what `write_state` wrote; code in the file is not run.
 
-    Raises ValueError if the file holds anything else, OSError if it is not there.
+    Raises ValueError if the file holds anything else, OSError if it is missing.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a file of any bytes makes torch raise nearly anything
+    except Exception as error:  # torch raises nearly anything for a damaged file
         raise ValueError(f"{path} is damaged or not a trainer's state: {error}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a trainer's state")

@@ -5,8 +5,8 @@ python -m experiments config/experiments_t4.py       gpt2-medium on a T4
 python -m experiments config/experiments_codes_mini.py    programming questions
 python -m experiments config/experiments_mini.py only=curves,prompts dry_run=True
 
-A finished run is not made again, an interrupted one goes on where it stopped: start the same
-command once more after Ctrl-C or a crash. What failed stands in the report.
+Finished runs are skipped and interrupted ones resumed: repeat the same command after Ctrl-C or a
+crash. The report lists the runs that failed with their errors.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from configurator import run_script
-from dataloader import make_task
+from dataloader import make_task, resolve_dataset
 from experiments.jobs import Job, run_jobs
-from experiments.plan import ExperimentsConfig, Variant, classifies, plan
+from experiments.plan import ExperimentsConfig, Variant, plan
 from experiments.report import write_report
 from experiments.results import Row
 from experiments.time_estimate import Estimate
-from generate import GenerateConfig, dataset_of
-from runtime.run_folder import FINISHED, FREE_SETTINGS
+from generate import GenerateConfig
+from runtime.run_folder import FREE_SETTINGS
 from tasks.scores import table
 from train import TrainConfig
 
@@ -51,12 +51,22 @@ def plan_jobs(
     return jobs
 
 
+# The settings that named a run's folder when every setting did, defaults too.
+FIRST_SETTINGS = {
+    "backend", "batch_size", "beta1", "beta2", "block_size", "compile", "dataset", "decay_lr",
+    "device", "dropout", "dtype", "eval_batch_size", "eval_interval", "eval_iters", "eval_only",
+    "grad_clip", "gradient_accumulation_steps", "init_from", "learning_rate", "limit", "lora_alpha",
+    "lora_dropout", "lora_qkv", "lora_rank", "lora_targets", "lr_decay_iters", "max_iters",
+    "min_lr", "prompt", "seed", "task", "test_size", "train_size", "warmup_iters", "weight_decay",
+}
+
+
 def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {**variant.changes, "seed": seed, "overwrite": True}
-    job = make_job(f"{variant.name}-seed{seed}", "train.py", settings, asdict(TrainConfig()),
-                   config.out_dir, "metrics.jsonl")
-    return job._replace(mark=FINISHED, processes=config.processes)
+    job = make_job(
+        f"{variant.name}-seed{seed}", "train.py", settings, TrainConfig(), config.out_dir)
+    return job._replace(processes=config.processes)
 
 
 def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
@@ -64,18 +74,32 @@ def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job
     settings = {name: getattr(config, name) for name in shared} | {
         **variant.changes, "seed": seed, "batch_size": config.eval_batch_size,
         "limit": config.test_size or GenerateConfig.limit}
-    return make_job(variant.name, "generate.py", settings, asdict(GenerateConfig()),
-                    config.out_dir, "zero_shot-*/results*.json")
+    job = make_job(variant.name, "generate.py", settings, GenerateConfig(), config.out_dir)
+    return job._replace(result="zero_shot-*/results*.json")
 
 
-def make_job(name: str, script: str, settings: dict[str, Any], defaults: dict[str, Any],
-             out_dir: str, result: str) -> Job:
-    """Name the folder after the settings too: other settings are another run."""
-    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)}
-    fingerprint = hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
+def make_job(name: str, script: str, settings: Mapping[str, Any], defaults: TrainConfig |
+             GenerateConfig, out_dir: str) -> Job:
+    """Name the run's folder after the settings that differ from the defaults, too.
+
+    A setting added later thus leaves the names of older runs as they are. A folder named by all
+    settings, as the first version did, is used where it exists.
+    """
+    known = asdict(defaults)
     changed = {key: value for key, value in settings.items()
-               if key != "out_dir" and value != defaults[key]}
-    return Job(name, script, changed, Path(out_dir, f"{name}-{fingerprint}"), result)
+               if key != "out_dir" and value != known[key]}
+    folder = Path(out_dir, f"{name}-{fingerprint(changed, changed.keys())}")
+    first = Path(out_dir, f"{name}-{fingerprint(settings, FIRST_SETTINGS)}")
+    added_later = changed.keys() - FIRST_SETTINGS - FREE_SETTINGS
+    use_first = first.is_dir() and not folder.exists() and not added_later
+    return Job(name, script, changed, first if use_first else folder)
+
+
+def fingerprint(settings: Mapping[str, Any], names: Collection[str]) -> str:
+    """Hash the settings called `names` that change what a run computes."""
+    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)
+                 if key in names}
+    return hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
 
 
 def jobs_by_question(
@@ -96,11 +120,8 @@ def select(by_question: Mapping[str, Sequence[Job]], only: str) -> list[Job]:
 
 
 def check(config: ExperimentsConfig) -> None:
-    """Raise ValueError for settings that the plan makes itself, or that no run could have."""
+    """Raise ValueError for settings that the plan sets itself, or that no run can have."""
     make_task(config.task, config.prompt)
-    if not classifies(config) and config.task != "python_codes":
-        raise ValueError(f"task={config.task!r} has no report: experiments knows those of "
-                         "classification and of python_codes")
     for name in PLANNED:
         if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{name}={getattr(config, name)!r}: the plan sets it for each run")
@@ -108,7 +129,7 @@ def check(config: ExperimentsConfig) -> None:
         if not getattr(config, name):
             raise ValueError(f"{name}=0 trains nothing")
     if config.init_from == "resume":
-        raise ValueError("init_from=resume: the same command as before goes on by itself")
+        raise ValueError("init_from=resume: repeat the same command, it resumes by itself")
     check_sharing(config)
 
 
@@ -141,15 +162,16 @@ def list_jobs(
     return f"{text}{len(rows)} runs, about {total / at_once / 60:.0f} minutes to go"
 
 
-def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate,
-            errors: dict[str, str]) -> None:
-    """Run what is not finished yet; `errors` gets what went wrong, by the job's name."""
+def execute(
+    chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate
+) -> Iterator[tuple[str, str]]:
+    """Run the jobs that are not finished; yield the name and the error of each that fails."""
     for job in chosen:
-        job.tidy()  # after a stop between its last result and its end
+        job.tidy()  # an earlier call may have stopped before it did
     todo = [job for job in chosen if not job.finished]
     expected = {job.name: estimate.seconds(job) for job in todo}
     total, done, started = sum(expected.values()), 0.0, time.monotonic()
-    trust = 3 * total / max(1, len(todo))  # the estimate weighs as much as three measured runs
+    trust = 3 * total / max(1, len(todo))  # the estimate counts as much as three measured runs
     bar = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="run",
                bar_format="{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
     bar.set_postfix_str(f"about {total / config.jobs / 60:.0f} min left")
@@ -157,7 +179,7 @@ def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate
         for job, error in ended:
             bar.write(f"{job.name}: {error or 'done'}")
             if error:
-                errors[job.name] = error
+                yield job.name, error
             done += expected[job.name]
             pace = (config.jobs * (time.monotonic() - started) + trust) / (done + trust)
             left = (total - done) * pace / config.jobs
@@ -165,11 +187,11 @@ def execute(chosen: Sequence[Job], config: ExperimentsConfig, estimate: Estimate
             bar.update()
 
 
-def tell(
+def report(
     config: ExperimentsConfig, questions: Mapping[str, Sequence[Variant]],
     jobs: Mapping[str, Sequence[Job]], errors: Mapping[str, str],
 ) -> Path:
-    """Write the report of what there is by now; return its path."""
+    """Write the report of the runs so far; return its path."""
     rows = {question: [Row(variant.label, variant.changes, jobs[variant.name][: variant.seeds],
                            errors) for variant in variants]
             for question, variants in questions.items()}
@@ -182,7 +204,7 @@ def tell(
 
 def main(config: ExperimentsConfig) -> None:
     check(config)
-    config = replace(config, dataset=dataset_of(asdict(config)))
+    config = resolve_dataset(config)
     questions = plan(config)
     jobs = plan_jobs(config, questions)
     by_question = jobs_by_question(questions, jobs)
@@ -191,21 +213,22 @@ def main(config: ExperimentsConfig) -> None:
     if config.dry_run:
         print(list_jobs(chosen, by_question, estimate, config.jobs))
         return
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: the runs save themselves
+    for name in ("SIGTERM", "SIGHUP"):  # like Ctrl-C: the runs save their state
         if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     errors: dict[str, str] = {}
     try:
-        execute(chosen, config, estimate, errors)
+        for name, error in execute(chosen, config, estimate):
+            errors[name] = error
     except KeyboardInterrupt:
-        tell(config, questions, jobs, errors)
-        print("stopped; the same command goes on", file=sys.stderr)
+        report(config, questions, jobs, errors)
+        print("stopped; repeat the command to resume", file=sys.stderr)
         raise
-    path = tell(config, questions, jobs, errors)
+    path = report(config, questions, jobs, errors)
     if errors:
         name, error = next(iter(errors.items()))
         raise ValueError(f"{len(errors)} of {len(chosen)} runs failed, as {name}: {error}; "
-                         f"{path} tells of the rest")
+                         f"{path} has the rest")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a task's data set holds: rows, duplicates, lengths in tokens, what is cut, what is answered.
+"""Summarise a task's data set: rows, duplicates, lengths in tokens, cut texts, kinds of answers.
 
 python -m experiments.dataset_analysis task=python_codes dataset=python_codes_mini block_size=256
 python -m experiments.dataset_analysis dataset=movie_reviews
@@ -23,24 +23,24 @@ from tasks.sources import SPLITS
 class AnalysisConfig:
     """Settings of `python -m experiments.dataset_analysis`."""
 
-    task: Annotated[str, f"what is asked: {', '.join(TASKS)}"] = "sentiment"
-    dataset: Annotated[str, "as in train.py; auto is the task's own"] = "auto"
-    prompt: Annotated[str, "a template of the task's, or any with {text}"] = "default"
+    task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
+    dataset: Annotated[str, "as in train.py; auto is the task's default data set"] = "auto"
+    prompt: Annotated[str, "a template's name, or any text with {text} in it"] = "default"
     block_size: Annotated[int, "longest sequence in tokens", Bounds(16)] = 1024
-    out_dir: Annotated[str, "folder of lengths.png"] = "out/analysis"
+    out_dir: Annotated[str, "folder for lengths.png"] = "out/analysis"
 
 
 class Lengths(NamedTuple):
-    """Tokens of each example of a split, and how many do not fit into a sequence."""
+    """Tokens of each example of a split, and how many prompts and answers the loader cuts."""
 
     questions: list[int]
-    answers: list[int]  # with their fences and without end-of-text
+    answers: list[int]  # code with its fences, without end-of-text
     prompts_cut: int
     answers_cut: int
 
 
 def measure(loader: CustomDataLoader, split: str) -> Lengths:
-    """Count the tokens of a split's questions and answers, whole, and what `loader` cuts."""
+    """Count the tokens of a split's whole questions and answers, and those that `loader` cuts."""
     task, encode = loader.task, loader.tokenizer.encode_ordinary
     records, end = loader.records(split), loader.tokenizer.eot_token
     examples = [loader.encode(record) for record in records]
@@ -55,7 +55,7 @@ def measure(loader: CustomDataLoader, split: str) -> Lengths:
 
 
 def spread(values: Sequence[int]) -> str:
-    """Return the median, the ninth decile and the maximum."""
+    """Return the median, the 90th percentile and the maximum."""
     return "{:.0f} / {:.0f} / {:.0f}".format(*np.percentile(values, (50, 90, 100)))
 
 
@@ -71,8 +71,8 @@ def main(config: AnalysisConfig) -> None:
         "question tokens": spread(found.questions), "answer tokens": spread(found.answers),
         "questions cut": f"{found.prompts_cut:,}", "answers cut": f"{found.answers_cut:,}",
     } for split, found in lengths.items()]
-    print("", f"Tokens: median / ninth decile / most. Cut to fit into {config.block_size}, the "
-          f"instruction included.", "", table(rows), "", sep="\n")
+    print("", "Tokens: median / 90th percentile / maximum. The loader cuts examples that, with "
+          f"their instruction, exceed {config.block_size} tokens.", "", table(rows), "", sep="\n")
     for split in SPLITS:
         facts = task.facts(loader.records(split))
         print(f"{split}: " + "; ".join(f"{name} {value}" for name, value in facts.items()))

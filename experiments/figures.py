@@ -1,7 +1,8 @@
-"""The report's figures: readable when printed, and by those who tell few colours apart."""
+"""The report's figures, readable in print and with any colour vision."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from tasks.scores import wilson_interval
 
-# Okabe and Ito's colours; marker and dashes tell the lines apart without them.
+# Okabe and Ito's colours; markers and dashes distinguish the lines without them.
 STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."),
           ("#CC79A7", "D", ":"), ("#E69F00", "v", "-"), ("#56B4E9", "P", "--")]
 Metrics = Sequence[Mapping[str, float]]
@@ -20,14 +21,14 @@ def validation_curves(
     series: Sequence[tuple[str, Sequence[Metrics]]], key: str = "validation_accuracy",
     title: str = "validation accuracy (generated answers)", first: int = 0,
 ) -> Figure:
-    """Draw loss, and `key` from step `first` on: the seeds' mean, a band from least to most.
+    """Draw the validation loss, and `key` from step `first` on: the mean and range of the seeds.
 
-    Each of `series`, one at least, is a label and the logged metrics of its runs. The loss before
-    the first step is left out: it is so high that all others would be one line.
+    `series` holds labels, at least one, each with the logged metrics of its runs. The loss before
+    the first step does not appear: it is so high that it would flatten all curves.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, other = figure.subplots(1, 2)
-    for (label, runs), style in zip(series, STYLES, strict=False):
+    for (label, runs), style in zip(series, cycle(STYLES), strict=False):
         band(loss, label, runs, "validation_loss", style, first=1)
         band(other, label, runs, key, style, first)
     loss.set(xlabel="optimizer steps", ylabel="validation loss (nats a token)")
@@ -42,7 +43,7 @@ def band(
     axes: Axes, label: str, runs: Sequence[Metrics], key: str, style: tuple[str, str, str],
     first: int,
 ) -> None:
-    """Draw the logged values of `key` from step `first` on."""
+    """Draw the mean of the logged `key` over the runs, from step `first` on, and its range."""
     colour, marker, dashes = style
     values: dict[float, list[float]] = {}
     for metrics in runs:
@@ -57,7 +58,7 @@ def band(
 
 
 def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
-    """Draw the accuracy of each (label, accuracies of its seeds, number of test reviews)."""
+    """Draw the accuracy of each (label, accuracies of its seeds, number of test examples)."""
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(points)), layout="constrained")
     axes = figure.subplots()
     for place, (_, accuracies, n) in enumerate(points):
@@ -77,7 +78,7 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
 
 
 def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) -> Figure:
-    """Draw the validation loss (alphas, rates), low values light, each written into its cell."""
+    """Draw the validation `loss` (alphas, rates) and write each value into its cell."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(loss, cmap="cividis_r")
@@ -93,10 +94,14 @@ def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) 
 
 
 def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
-    """Draw the best validation loss over the learning rate: by label, by rate, of each seed."""
+    """Draw the best validation loss over the learning rate.
+
+    `series` holds, by label and learning rate, the loss of each seed.
+    """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for (label, tried), (colour, marker, dashes) in zip(series.items(), STYLES, strict=False):
+    styled = zip(series.items(), cycle(STYLES), strict=False)
+    for (label, tried), (colour, marker, dashes) in styled:
         rates = sorted(tried)
         axes.plot(rates, [statistics.mean(tried[rate]) for rate in rates], dashes, marker=marker,
                   color=colour, label=label)
@@ -112,15 +117,16 @@ def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 
 
 def length_histograms(questions: Sequence[int], answers: Sequence[int], block_size: int) -> Figure:
-    """Draw how long questions and answers are, in tokens, against the longest sequence."""
+    """Draw the lengths of questions and answers in tokens, and the limit of a sequence."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    named = {"question": questions, "answer": answers}
-    for axes, (name, lengths), style in zip(figure.subplots(1, 2), named.items(), STYLES,
+    named = {"tokens of a question": questions, "tokens of an answer": answers}
+    for axes, (title, lengths), style in zip(figure.subplots(1, 2), named.items(), STYLES,
                                             strict=False):
         axes.hist(lengths, bins=min(60, max(2, len(set(lengths)))), color=style[0])
         if max(lengths) > block_size / 4:
-            axes.axvline(block_size, color="k", linestyle="--", label=f"{block_size}: a sequence")
+            axes.axvline(block_size, color="k", linestyle="--",
+                         label=f"longest sequence: {block_size}")
             axes.legend()
-        axes.set(xlabel=f"tokens of a {name}".replace("a answer", "an answer"), ylabel="examples")
+        axes.set(xlabel=title, ylabel="examples")
         axes.grid(alpha=0.3)
     return figure

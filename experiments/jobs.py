@@ -1,4 +1,4 @@
-"""Scripts run as processes: some at a time, none twice, and each told from its folder."""
+"""Run scripts as processes, several at a time; finished ones are skipped."""
 
 import os
 import shlex
@@ -12,34 +12,36 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT
+from runtime.run_folder import is_finished
 
-STATE = "trainer_state.pt"
-ATTEMPT = "$ python"  # stands in the log before what an attempt says
+ATTEMPT = "$ python"  # the log's line before the output of an attempt
 
 
 class Job(NamedTuple):
-    """A script with its settings.
+    """A script with its settings and its folder.
 
-    It is finished when the file `result` (a pattern) holds the text `mark`. With several
-    `processes` torchrun starts it.
+    A training run is finished when its folder says so, any other script when a file matches the
+    pattern `result`. With several `processes` torchrun starts it.
     """
 
     name: str
     script: str
     settings: Mapping[str, Any]
     folder: Path
-    result: str
-    mark: str = ""
+    result: str = ""
     processes: int = 1
 
     @property
     def finished(self) -> bool:
-        return any(self.mark in path.read_text("utf-8") for path in self.folder.glob(self.result))
+        if self.script == "train.py":
+            return is_finished(self.folder)
+        return any(self.folder.glob(self.result))
 
     @property
     def interrupted(self) -> bool:
-        return not self.finished and (self.folder / STATE).is_file()
+        return not self.finished and (self.folder / STATE_FILE).is_file()
 
     @property
     def arguments(self) -> list[str]:
@@ -61,53 +63,53 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Where it stands: finished, interrupted, to do, or what it said when it failed."""
+        """One of: finished, interrupted, to do, or failed with its error."""
         if self.finished or self.interrupted:
             return "finished" if self.finished else "interrupted"
-        return f"failed: {self.last_words}" if self.last_words else "to do"
+        return f"failed: {self.last_error}" if self.last_error else "to do"
 
     @property
-    def last_words(self) -> str:
-        """The error with which its last attempt ended, if it said one."""
-        said = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
-        attempt = said.rpartition(ATTEMPT)[2]
+    def last_error(self) -> str:
+        """The error that its last attempt printed, or ""."""
+        text = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
+        attempt = text.rpartition(ATTEMPT)[2]
         lines = [line for line in attempt.splitlines() if line.startswith("error: ")
-                 and "another process of this job" not in line]  # that one said why
+                 and "another process of this job" not in line]  # a consequence, not the cause
         return lines[-1].removeprefix("error: ") if lines else ""
 
     def tidy(self) -> None:
-        """Delete what it takes to go on with a run, its largest file, once it is finished."""
+        """Delete the trainer's state, the largest file, once the run is finished."""
         if self.finished:
-            (self.folder / STATE).unlink(missing_ok=True)
+            (self.folder / STATE_FILE).unlink(missing_ok=True)
 
     def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
-        """Start it, or go on with it, in a session of its own: Ctrl-C is the parent's to hear."""
+        """Start or resume it in a new session, so that Ctrl-C reaches only the parent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
         arguments = resume if self.interrupted else self.arguments
         module = [] if self.processes == 1 else ["-m", "torch.distributed.run", *self.torchrun]
+        passive = {"OMP_WAIT_POLICY": "passive"} if self.processes > 1 else {}
         with open(self.log, "a", encoding="utf-8") as log:
             print(ATTEMPT, shlex.join(arguments), file=log, flush=True)
             return subprocess.Popen(
                 [sys.executable, *module, str(ROOT / arguments[0]), *arguments[1:]], stdout=log,
-                stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+                stderr=log, stdin=subprocess.DEVNULL, env={**passive, **os.environ, **environment},
                 start_new_session=True,
             )
 
     def failure(self, code: int) -> str:
-        """Say why its process ended with `code`; "" if it ended well."""
+        """Return why its process ended with `code`, or "" if it succeeded."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if not code:
             return "" if self.finished else "it ended without its result"
-        return self.last_words or f"exit code {code}, see {self.log}"
+        return self.last_error or f"exit code {code}, see {self.log}"
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
-    """Run `jobs`, so many at once; yield each as it ends, with what went wrong or "".
+    """Run `jobs`, `at_once` in parallel; yield each as it ends, with its error or "".
 
-    Whoever closes the generator, or presses Ctrl-C, stops those that run; they save themselves
-    first.
+    Closing the generator, or Ctrl-C, stops the running ones after they have saved their state.
     """
     waiting, running = iter(jobs), {}
     try:
@@ -125,7 +127,7 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
             yield job, error
     finally:
         if running:
-            print("stopping; the runs save themselves first", file=sys.stderr)
+            print("stopping; the runs save their state first", file=sys.stderr)
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
@@ -142,11 +144,15 @@ def next_to_end(running: Mapping[int, tuple[Job, subprocess.Popen]]) -> int:
 
 
 def share_of_machine(slot: int, at_once: int) -> dict[str, str]:
-    """Return the variables that give one of `at_once` processes its threads and its GPU."""
+    """Return the variables that give one of `at_once` processes its threads and its GPU.
+
+    Its OpenMP threads sleep while they wait: spinning ones would take the cores from other runs.
+    """
     if at_once == 1:
         return {}
     threads = str(max(1, torch.get_num_threads() // at_once))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     return share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})

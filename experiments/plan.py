@@ -1,35 +1,36 @@
-"""Which runs answer which question: the plan of the experiments."""
+"""The plan of the experiments: which runs answer which question."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 from configurator import Bounds
-from dataloader import TASKS
+from dataloader import find_task
 from generate import slug
-from tasks.base import ClassificationTask
-from train import TrainConfig, WandbMode
+from runtime.tracking import WandbMode
+from tasks.base import Answers
+from train import TrainConfig
 
 ALL_LINEAR = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
-RANKS = {True: (16, 128, 196), False: (8, 64)}  # by whether the task classifies
-FACTORS = (0.25, 1.0, 4.0)  # by which the learning rates are multiplied
+RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}
+FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
 
 
 @dataclass(frozen=True)
 class ExperimentsConfig(TrainConfig):
-    """Settings of `python -m experiments`: those of every run, and which runs there are."""
+    """Settings of `python -m experiments`: those of every run, and which runs to start."""
 
     out_dir: Annotated[str, "folder of the runs"] = "out/experiments"
-    wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "disabled"
+    wandb_mode: Annotated[WandbMode, "auto logs online if wandb has a key"] = "disabled"
     report_dir: Annotated[str, "folder of the report"] = "report"
-    only: Annotated[str, "questions or runs, with commas, as dry_run=True lists them"] = ""
-    seeds: Annotated[int, "runs of each kind: seed, seed + 1, ...", Bounds(1)] = 3
+    only: Annotated[str, "questions or runs with commas; dry_run=True lists them"] = ""
+    seeds: Annotated[int, "runs of each variant: seed, seed + 1, ...", Bounds(1)] = 3
     full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4
     full_dropout: Annotated[float, "dropout of full fine-tuning", Bounds(0, 1)] = 0.05
-    jobs: Annotated[int, "runs at a time; they share processors and GPUs", Bounds(1)] = 1
-    processes: Annotated[int, "of torchrun in each training run", Bounds(1)] = 1
-    dry_run: Annotated[bool, "list the runs and how long they may take"] = False
+    jobs: Annotated[int, "runs in parallel; they share processors and GPUs", Bounds(1)] = 1
+    processes: Annotated[int, "torchrun processes of each training run", Bounds(1)] = 1
+    dry_run: Annotated[bool, "list the runs and their estimated time"] = False
 
 
 class Variant(NamedTuple):
@@ -42,25 +43,18 @@ class Variant(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Whether it is trained, or the model is asked as it is."""
+        """Whether its runs train; if not, generate.py scores the base model."""
         return "lora_rank" in self.changes
 
 
-def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
-    """Return the variants of each question; those of one name are one and the same."""
-    return plan_classification(config) if classifies(config) else plan_generation(config)
-
-
-def classifies(config: TrainConfig) -> bool:
-    return issubclass(TASKS[config.task], ClassificationTask)
-
-
 def rates(config: ExperimentsConfig, peak: float, factor: float) -> dict[str, float]:
+    """Return the settings of a learning rate: `factor` times `peak`, with the same decay."""
     floor = config.min_lr / config.learning_rate
     return {"learning_rate": rounded(peak * factor), "min_lr": rounded(peak * factor * floor)}
 
 
-def untrained(config: ExperimentsConfig, label: str, prompt: str) -> Variant:
+def untrained(label: str, prompt: str) -> Variant:
+    """Return the base model, scored with a prompt."""
     return Variant(label, f"zero_shot_{slug(prompt)}", {"prompt": prompt}, 1)
 
 
@@ -68,6 +62,7 @@ def adapted(
     config: ExperimentsConfig, label: str, rank: int = 16, alpha: float = 64.0,
     factor: float = 1.0, suffix: str = "", **changes: Any,
 ) -> Variant:
+    """Return a variant that trains LoRA; `suffix` names its other `changes`."""
     name = f"r{rank}_alpha{alpha:g}{suffix}" + (f"_rate{factor:g}" if factor != 1 else "")
     return Variant(label, name, {"lora_rank": rank, "lora_alpha": alpha, **changes,
                                  **rates(config, config.learning_rate, factor)}, config.seeds)
@@ -76,20 +71,21 @@ def adapted(
 def tuned(
     config: ExperimentsConfig, label: str = "full fine-tuning", factor: float = 1.0
 ) -> Variant:
+    """Return full fine-tuning."""
     changes = {"lora_rank": 0, "dropout": config.full_dropout, "always_save_checkpoint": False}
     name = "full" + (f"_rate{factor:g}" if factor != 1 else "")
     rate = rates(config, config.full_learning_rate, factor)
     return Variant(label, name, changes | rate, config.seeds)
 
 
-def plan_generation(config: ExperimentsConfig) -> dict[str, list[Variant]]:
-    """Base model, LoRA and full fine-tuning where answers are long texts."""
+def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:
+    """Return the questions about a task of long answers."""
     lora = partial(adapted, config, rank=64, alpha=256.0)
     return {
         "shares": [],
         "answers": [
-            untrained(config, "base, untouched", config.prompt),
-            *(lora(f"LoRA r={r}, α={4 * r}", rank=r, alpha=4.0 * r) for r in RANKS[False]),
+            untrained("base, untouched", config.prompt),
+            *(lora(f"LoRA r={r}, α={4 * r}", rank=r, alpha=4.0 * r) for r in RANKS["text"]),
             tuned(config),
         ],
         "targets": [
@@ -101,15 +97,15 @@ def plan_generation(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     }
 
 
-def plan_classification(config: ExperimentsConfig) -> dict[str, list[Variant]]:
-    """The homework's questions, where an answer is one word."""
+def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
+    """Return the homework's questions, about a task whose answers are single words."""
     lora, full = partial(adapted, config), partial(tuned, config)
-    prompts = list(dict.fromkeys([config.prompt, *TASKS[config.task].prompts]))
+    prompts = list(dict.fromkeys([config.prompt, *find_task(config.task).prompts]))
     peak, full_peak = config.learning_rate, config.full_learning_rate
     return {
         "shares": [],
-        "zero_shot": [untrained(config, prompt, prompt) for prompt in prompts],
-        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in RANKS[True]),
+        "zero_shot": [untrained(prompt, prompt) for prompt in prompts],
+        "curves": [*(lora(f"LoRA r={r}, α={4 * r}", r, 4.0 * r) for r in RANKS["word"]),
                    full()],
         "alpha": [lora("LoRA r=16, α=64"), lora("LoRA r=16, α=256", alpha=256.0), full()],
         "prompts": [lora(f"prompt: {config.prompt}"), *(
@@ -130,3 +126,13 @@ def plan_classification(config: ExperimentsConfig) -> dict[str, list[Variant]]:
 
 def rounded(number: float) -> float:
     return float(f"{number:.6g}")
+
+
+PLANS: dict[Answers, Callable[[ExperimentsConfig], dict[str, list[Variant]]]] = {
+    "word": plan_words, "text": plan_texts,
+}
+
+
+def plan(config: ExperimentsConfig) -> dict[str, list[Variant]]:
+    """Return the variants of each question; variants of one name share their runs."""
+    return PLANS[find_task(config.task).answers](config)

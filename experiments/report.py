@@ -1,17 +1,16 @@
-"""The report of the experiments: tables and curves of what the runs left in their folders."""
+"""The report of the experiments: tables and curves computed from the runs' folders."""
 
 import base64
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import markdown
 
 from checkpoints.files import atomic_write
-from dataloader import find_task
+from dataloader import make_task
 from experiments import text_sections
-from experiments.plan import classifies
+from experiments.plan import ExperimentsConfig
 from experiments.results import Row, Section, fenced
 from experiments.sections import (
     alpha,
@@ -26,7 +25,7 @@ from experiments.sections import (
 )
 from train import TrainConfig
 
-# The questions whose runs differ in what they cost.
+# The questions whose runs differ in cost.
 PRICED = ("curves", "prompts", "layers", "answers", "targets")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
@@ -38,22 +37,14 @@ td pre { white-space: pre-wrap; overflow-wrap: anywhere; width: 22em; margin: 0 
 SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
     "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
     "prompts": prompts, "grid": grid, "rates": rates, "layers": layers,
-    "answers": text_sections.compared, "targets": text_sections.targets,
-}
-ABOUT = {  # by whether the task classifies
-    True: "Accuracies are of *generated* answers on the test split, mean ± standard deviation of "
-          "the seeds; the 95 % interval beside it is Wilson's, of that mean on n reviews.",
-    False: "Answers are generated greedily for the test split and compared as code, without their "
-           "fences; nothing that was generated is executed. Mean ± standard deviation of the "
-           "seeds; in brackets the bootstrap's 95 % interval over the examples, its ends averaged "
-           "over the seeds.",
+    "answers": text_sections.answers, "targets": text_sections.targets,
 }
 
 
 def sections(
     questions: Mapping[str, Sequence[Row]], config: TrainConfig, asked: Collection[str]
 ) -> dict[str, Section]:
-    """Return a section for each question that was asked, now or before: then all its runs are."""
+    """Return a section for each question in `asked` and for each whose runs are all finished."""
     shown = {name: rows for name, rows in questions.items()
              if name in asked or all(job.finished for row in rows for job in row.jobs)}
     found = {name: SECTIONS[name](rows, config) for name, rows in shown.items()}
@@ -62,26 +53,31 @@ def sections(
 
 
 def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: str) -> list[str]:
-    """Say what all of it was made with."""
+    """Return the lines on model, data, machine, scores and the command."""
     runs = [run for rows in questions.values() for row in rows for run in row.runs]
-    facts = {name: ", ".join(dict.fromkeys(str(run.about.get(name)) for run in runs))
+    known = [{"device": run.saved.device, "dtype": run.saved.dtype, **run.saved.facts}
+             for run in runs]
+    facts = {name: ", ".join(dict.fromkeys(
+        str(each[name]) for each in known if each.get(name) is not None))
              for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
-    made = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
-    made = f" Made on: {made}." if made else ""
-    noun = find_task(config.task).noun
+    machine = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    machine = f" The runs used: {machine}." if machine else ""
+    task = make_task(config.task)
     return [f"# LoRA on GPT-2: {config.task.replace('_', ' ')}", "",
             f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
-            f"{config.batch_size * config.gradient_accumulation_steps} {noun}.{made}", "",
-            f"{ABOUT[classifies(config)]} The best checkpoint is the one of lowest validation "
-            "loss; each run reads the test split once, at its end.", "", *fenced([command])]
+            f"{config.window} {task.noun}.{machine}", "",
+            f"{task.explain_scores()} The best checkpoint is the one with the lowest validation "
+            "loss. Each run reads the test split once, at its end.", "", *fenced([command])]
 
 
 def write_report(
-    questions: Mapping[str, Sequence[Row]], config: Any, command: str, asked: Collection[str]
+    questions: Mapping[str, Sequence[Row]], config: ExperimentsConfig, command: str,
+    asked: Collection[str],
 ) -> Path:
-    """Write `report.md`, its pictures and `report.html`, which holds them; return the first.
+    """Write `report.md`, its pictures, and `report.html` with the pictures inside.
 
-    `asked` names the questions to tell of even if their runs are not all finished.
+    The report answers the questions in `asked` even if some of their runs are not finished.
+    Returns the path of `report.md`.
     """
     folder, lines = Path(config.report_dir), head(questions, config, command)
     for name, section in sections(questions, config, asked).items():
@@ -100,7 +96,7 @@ def write_report(
 
 
 def to_html(text: str, folder: Path) -> str:
-    """Turn the report into one page that holds its pictures."""
+    """Return the report as one HTML page with its pictures inside."""
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "md_in_html"])
 
     def inline(match: re.Match) -> str:

@@ -1,4 +1,4 @@
-"""What the runs of an experiment left in their folders, as rows of the report's tables."""
+"""Read the folders of an experiment's runs into the rows of the report's tables."""
 
 import html
 import json
@@ -14,28 +14,32 @@ from matplotlib.figure import Figure
 from checkpoints.files import read_json
 from dataloader import find_task
 from experiments.jobs import Job
-from runtime.run_folder import read_metrics, read_run
+from runtime.run_folder import SavedRun, read_metrics, read_run
 from train import TrainConfig
 
 
 class TrainedRun(NamedTuple):
-    """A finished run of `train.py`, as its folder tells it."""
+    """What the folder of a finished run of `train.py` holds."""
 
-    about: dict[str, Any]
+    saved: SavedRun
     metrics: list[dict[str, float]]
     results: dict[str, dict[str, Any]]  # of the best and the last checkpoint
-    predictions: dict[str, list[dict[str, Any]]]  # likewise, of each test example
+    predictions: dict[str, list[dict[str, Any]]]  # of both, for each test example
     checkpoint_bytes: int
 
     @property
+    def config(self) -> TrainConfig:
+        return self.saved.config(TrainConfig)
+
+    @property
     def validation_loss(self) -> float:
-        """The loss for which the best checkpoint was chosen; step 0 is no candidate."""
+        """The lowest loss after step 0, which chose the best checkpoint."""
         return min(line["validation_loss"] for line in self.metrics
                    if "validation_loss" in line and line["iteration"] > 0)
 
 
 class Row(NamedTuple):
-    """A variant in a table: what it is called, what it changes, its jobs, and what failed."""
+    """A variant in a table: its label, the settings it changes, its jobs, and their errors."""
 
     label: str
     changes: Mapping[str, Any]
@@ -44,22 +48,22 @@ class Row(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Whether its runs train, or ask the model as it is."""
+        """Whether its runs train; if not, generate.py scores the base model."""
         return "lora_rank" in self.changes
 
     @property
     def runs(self) -> list[TrainedRun]:
-        """Its training runs that have ended."""
+        """Its finished training runs."""
         return [load_run(job.folder) for job in self.jobs if self.trains and job.finished]
 
     @property
     def untrained(self) -> list[Path]:
-        """The results of its jobs of `generate.py`, as far as they have ended."""
+        """The result files of its finished jobs of `generate.py`."""
         return [path for job in self.jobs for path in job.folder.glob(job.result)]
 
     @property
     def seeds(self) -> str:
-        """How many runs stand behind the row; of an incomplete one, why."""
+        """The number of finished runs; if some are not, also the reason."""
         number = sum(job.finished for job in self.jobs)
         if number == len(self.jobs):
             return str(number)
@@ -67,13 +71,13 @@ class Row(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """What keeps the first unfinished run from being finished."""
+        """The error of the first unfinished run, or its state."""
         job = next(job for job in self.jobs if not job.finished)
         return plain(f"failed: {self.errors[job.name]}" if job.name in self.errors else job.state)
 
 
 class Section(NamedTuple):
-    """What answers a question; `basis` is the examples and the seeds that it rests on."""
+    """The answer to a question; `basis` names the examples and seeds behind it."""
 
     title: str
     basis: str
@@ -97,18 +101,18 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 
 
 def predictions_beside(results: Path) -> list[dict[str, Any]]:
-    """Return the predictions that a file of results sums up."""
+    """Return the predictions that a file of results summarizes."""
     name = "predictions" + results.stem.removeprefix("results") + ".jsonl"
     return read_predictions(results.with_name(name))
 
 
 def plain(text: str) -> str:
-    """Make any text fit into a cell of a table, to be read as it stands."""
+    """Escape any text, so that a table's cell shows it verbatim, in one line."""
     return re.sub(r"([|*_`\[\\])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean of the seeds and, of several, their standard deviation."""
+    """Return the mean over the seeds and, if there are several, their standard deviation."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -118,7 +122,7 @@ def losses(row: Row) -> list[float]:
 
 
 def commands(rows: Sequence[Row]) -> list[str]:
-    """Return the exact commands behind a table, folded away."""
+    """Return the exact commands behind a table, in a folded block."""
     summary = "the exact commands, first seed; the others differ in seed and out_dir"
     return ["", f'<details markdown="1"><summary>{summary}</summary>', "",
             *fenced(row.jobs[0].command for row in rows), "", "</details>"]
@@ -129,10 +133,11 @@ def fenced(lines: Iterable[str]) -> list[str]:
 
 
 def basis(rows: Sequence[Row]) -> str:
-    """Say what every number of a section rests on."""
+    """Return the examples and seeds behind every number of a section."""
     runs = [run for row in rows for run in row.runs]
-    sizes = {f"n = {run.results['best']['n']:,} test and {run.about['validation_reviews']:,} "
-             f"validation {find_task(run.about['settings']['task']).noun}" for run in runs}
+    sizes = {f"n = {run.results['best']['n']:,} test and "
+             f"{run.saved.facts['validation_reviews']:,} validation "
+             f"{find_task(run.config.task).noun}" for run in runs}
     seeds = dict.fromkeys(str(job.settings.get("seed", TrainConfig.seed))
                           for row in rows for job in row.jobs if job.finished)
     return f"{'; '.join(sorted(sizes)) or 'n = 0'}; seeds {', '.join(seeds) or 'none yet'}."

@@ -1,4 +1,4 @@
-"""The report's sections on tasks whose answers are single words: tables and curves."""
+"""The report's sections about tasks whose answers are single words, and about cost."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from checkpoints.files import read_json
 from checkpoints.hub_format import read_hub_shape
 from dataloader import find_task
 from experiments.figures import accuracy_dots, heat_map, rate_lines, validation_curves
-from experiments.plan import RANKS, classifies
+from experiments.plan import RANKS
 from experiments.results import (
     Row,
     Section,
@@ -45,9 +45,10 @@ def accuracy_cells(runs: Sequence[TrainedRun], checkpoint: str) -> list[str]:
 
 
 def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
-    """Compare best checkpoints on the same reviews: mean difference ± half its 95 % interval.
+    """Return the mean difference in accuracy of the best checkpoints ± half its 95 % interval.
 
-    A review counts with its mean over the seeds; the interval is of which reviews were drawn.
+    Pairs the results by example, each averaged over the seeds first; the interval covers the
+    choice of test examples, not that of seeds.
     """
     mine, theirs = (np.mean([right(run) for run in side], axis=0) for side in (runs, others))
     gap = mine - theirs
@@ -55,12 +56,12 @@ def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
 
 
 def right(run: TrainedRun) -> list[bool]:
-    """Tell of each test review whether the best checkpoint got it right."""
+    """Return whether the best checkpoint got each test example right."""
     return [row["label"] == row["truth"] for row in run.predictions["best"]]
 
 
 def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
-    """Return a row of scores for each variant, both checkpoints side by side."""
+    """Return a table of the best and last checkpoints' scores, one line for each variant."""
     titles = ["", "seeds", "validation loss", "best: test accuracy", "95 % interval", "garbage",
               "last: test accuracy", "95 % interval", "garbage",
               f"best, minus {plain(against.label)} (± half its 95 % interval)"]
@@ -80,20 +81,20 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
 
 
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
-    ranks = RANKS[classifies(config)]
+    ranks = RANKS[find_task(config.task).answers]
     titles = ["model", "all weights", *(f"r = {rank}" for rank in ranks)]
     shapes = {config.init_from: GPTConfig(**read_hub_shape(config.init_from))}
     lines = [titles]
     for name, shape in (shapes | SIZES).items():
         cells = []
         for rank in ranks:
-            with torch.device("meta"):  # shapes alone: nothing is allocated
+            with torch.device("meta"):  # has shapes, but allocates no memory
                 model = GPT(replace(shape, lora_rank=rank))
             count = count_parameters(mark_only_lora_as_trainable(model))
             cells.append(f"{count.trained:,} ({count.share:.2%})")
         lines.append([plain(name), f"{count.total - count.trained:,}", *cells])
-    text = ["A pair of matrices each for q, k and v of every layer; counted on the models "
-            "themselves. The share is of all weights, the adapters' own among them."]
+    text = ["Each layer gets a pair of matrices for each of q, k and v. The counts come from the "
+            "models themselves; the share is of all weights, including the adapters."]
     return Section("How many weights does LoRA train?", "", text + markdown_table(lines))
 
 
@@ -113,21 +114,22 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
                       f"{constrained:.3f}", interval(constrained, n)])
         shown = shown or ["", f"Some answers to the prompt {plain(row.label)}, verbatim:", "",
                           *fenced(verbatim(found[0]))]
-    text = ["Garbage is an answer without exactly one label word; it counts as wrong. The "
-            "constrained accuracy asks which label word the model finds likelier. Greedy."]
+    text = ["A garbage answer does not hold exactly one label word; it counts as wrong. The "
+            "constrained accuracy takes the likeliest label word as the answer. Decoding is "
+            "greedy."]
     return Section("What does the model know before fine-tuning?", "",
                    text + markdown_table(lines) + shown + commands(rows))
 
 
 def verbatim(results: Path) -> list[str]:
-    """Return six reviews, spread over the test split, each with the answer it got."""
+    """Return six test examples, evenly spaced, each with the model's answer."""
     predictions = predictions_beside(results)
     return [f"{row['text'][:60]!r:64} -> {row['generated']!r}"
             for row in predictions[:: max(1, len(predictions) // 6)][:6]]
 
 
-def lines_of(rows: Sequence[Row], title: str) -> Section:
-    """Return a section of accuracies against the last row, and of validation curves."""
+def curve_section(rows: Sequence[Row], title: str) -> Section:
+    """Return a section that compares accuracies with the last row and draws validation curves."""
     series = [(row.label, [run.metrics for run in row.runs]) for row in rows if row.runs]
     untrained = {run.metrics[0].get("validation_loss") for row in rows for run in row.runs}
     text = [f"Before the first step the validation loss is {loss:.3f}."
@@ -137,15 +139,15 @@ def lines_of(rows: Sequence[Row], title: str) -> Section:
 
 
 def curves(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return lines_of(rows, "LoRA of three ranks against full fine-tuning")
+    return curve_section(rows, "LoRA of three ranks against full fine-tuning")
 
 
 def alpha(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return lines_of(rows, "What does α do at r = 16?")
+    return curve_section(rows, "What does α do at r = 16?")
 
 
-def dots(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
-    """Return a section of accuracies against the first row, drawn with their intervals."""
+def dot_section(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
+    """Return a section that compares accuracies with the first row and draws their intervals."""
     points = [(row.label, [run.results["best"]["accuracy"] for run in row.runs],
                row.runs[0].results["best"]["n"]) for row in rows if row.runs]
     return Section(title, basis(rows), [*text, *accuracy_table(rows, rows[0]), *commands(rows)],
@@ -153,12 +155,12 @@ def dots(rows: Sequence[Row], title: str, text: Sequence[str]) -> Section:
 
 
 def prompts(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return dots(rows, "Does the prompt matter?", [
-        "LoRA r=16, α=64, trained and scored with the same prompt."])
+    return dot_section(rows, "Does the prompt matter?", [
+        "LoRA r=16, α=64. Each run trains and is scored with the same prompt."])
 
 
 def layers(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return dots(rows, "Which layers, and one A or three?", ["LoRA r=16, α=64."])
+    return dot_section(rows, "Which layers, and one A or three?", ["LoRA r=16, α=64."])
 
 
 def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
@@ -176,9 +178,10 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
     lines = [["", *map("rate {:g}".format, rates)]]
     for i, value in enumerate(alphas):
         lines.append([f"α = {value:g}", *(cells[i, j] for j in range(len(rates)))])
-    text = ["LoRA r=16. Each cell: the best checkpoint's validation loss; its test accuracy. "
-            "The first steps of AdamW move B by the learning rate whatever the gradient's size, "
-            "and W by α / r times that: along a diagonal of equal α × rate those steps are alike."]
+    text = ["LoRA r=16. Each cell holds the best checkpoint's validation loss and its test "
+            "accuracy. AdamW's first steps move B by about the learning rate, whatever the size "
+            "of the gradient, and so the layer's weight by α / r times that: cells with the same "
+            "product α × rate start alike."]
     return Section(
         "Learning rate and α", basis(rows), [*text, *markdown_table(lines), *commands(rows)],
         None if np.isnan(loss).all() else heat_map(alphas, rates, loss))
@@ -194,34 +197,35 @@ def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
         if tried:
             best = min(tried, key=lambda row: statistics.mean(losses(row)))
             rate = best.changes["learning_rate"]
-            edge = ", at the edge of what was tried" if rate in (min(grid), max(grid)) else ""
+            edge = ", at the edge of the grid" if rate in (min(grid), max(grid)) else ""
             lines.append(f"- {name}: lowest validation loss at a rate of {rate:g}{edge}.")
     return Section(
-        "Each at its own best learning rate", basis(rows),
+        "LoRA and full fine-tuning, each at its best learning rate", basis(rows),
         [*lines, *accuracy_table(rows, best), *commands(rows)],
         rate_lines(series) if lines else None)
 
 
 def cost(rows: Sequence[Row]) -> Section:
-    noun = find_task(rows[0].runs[0].about["settings"]["task"]).noun
+    """Return the section on weights, time, memory and disk space of finished rows."""
+    noun = find_task(rows[0].runs[0].config.task).noun
     lines = [["", "trained", "share", "training, s", f"{noun}/s", "memory, MiB", "checkpoint, MB"]]
     priced: dict[str, Row] = {}
     for row in rows:
         priced.setdefault(row.jobs[0].name, row)
     for row in priced.values():
         first, seconds, memory = row.runs[0], [], []
-        settings, parameters = first.about["settings"], first.about["parameters"]
+        config, parameters = first.config, first.saved.facts["parameters"]
         for run in row.runs:
-            seconds.append(training_seconds(settings, run.metrics))
+            seconds.append(training_seconds(run.metrics, config.window, config.max_iters))
             memory.append(max(line.get("memory_mib", 0.0) for line in run.metrics))
-        window = settings["batch_size"] * settings["gradient_accumulation_steps"]
-        speed = settings["max_iters"] * window / statistics.mean(seconds)
+        speed = config.max_iters * config.window / statistics.mean(seconds)
         lines.append([
             plain(row.label), f"{parameters['trained']:,}",
             f"{parameters['trained'] / parameters['total']:.2%}", mean_and_deviation(seconds, 1),
             f"{speed:.1f}", f"{statistics.mean(memory):,.0f}",
             f"{first.checkpoint_bytes / 1e6:.1f}"])
-    text = ["Time of the optimizer's steps alone, with whatever ran beside them; memory is the "
-            "most that the process held up to its last validation (on a GPU, what torch "
-            "allocated); a checkpoint is the best one's weights on disk. The commands stand above."]
+    text = ["The time is that of the optimizer steps alone; programs that ran beside them may "
+            "have slowed them down. Memory is the most that the process held up to its last "
+            "validation (on a GPU, what torch allocated). The checkpoint's size is that of the "
+            "best one's weights on disk. The commands are in the sections above."]
     return Section("What does it cost?", basis(rows), text + markdown_table(lines))

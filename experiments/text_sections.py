@@ -1,12 +1,17 @@
-"""The report's sections on tasks whose answers are long texts: figures, curves, examples."""
+"""The report's sections about tasks whose answers are long texts: scores, curves, examples.
+
+The task decides which scores the table shows, how an answer looks, and which sentence describes
+the right answers.
+"""
 
 import html
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoints.files import read_json
+from dataloader import make_task
 from experiments.figures import validation_curves
 from experiments.results import (
     Row,
@@ -18,108 +23,106 @@ from experiments.results import (
     plain,
     predictions_beside,
 )
-from tasks.code_scores import strip_fences
-from tasks.scores import markdown_table
+from tasks.base import Task
+from tasks.scores import Metric, markdown_table
 from train import TrainConfig
 
-EXAMPLES = 10  # shown side by side
-METRICS = {  # of the results: its title, by what it is multiplied, its digits
-    "perplexity": ("perplexity", 1, 2), "bleu": ("BLEU", 1, 1), "chrf": ("chrF", 1, 1),
-    "rouge_l": ("ROUGE-L", 1, 3), "exact_match": ("exact match, %", 100, 1),
-    "parses": ("parse, %", 100, 1), "ended": ("ended by itself, %", 100, 1),
-    "tokens": ("tokens", 1, 0),
-}
+EXAMPLES = 10  # number of test examples shown
+
+
+def answers(rows: Sequence[Row], config: TrainConfig) -> Section:
+    task = make_task(config.task)
+    found = section(rows, "Base model, LoRA of two ranks, full fine-tuning", task)
+    shown = examples([row for row in rows if results_of(row)], task, config.seed)
+    return found._replace(lines=[*found.lines, *shown, *commands(rows)])
+
+
+def targets(rows: Sequence[Row], config: TrainConfig) -> Section:
+    found = section(rows, "Which layers?", make_task(config.task))
+    return found._replace(lines=[*found.lines, *commands(rows)])
+
+
+def section(rows: Sequence[Row], title: str, task: Task) -> Section:
+    """Return a section with a table of scores and the curves of training and validation loss."""
+    series = [(row.label, [run.metrics for run in row.runs]) for row in rows if row.runs]
+    title_of_steps = "training loss of a step (nats a token)"
+    figure = validation_curves(series, "train_loss", title_of_steps, first=1) if series else None
+    return Section(title, basis([row for row in rows if row.trains]),
+                   [*introduction(rows, task), *metrics_table(rows, task.metrics)], figure)
+
+
+def introduction(rows: Sequence[Row], task: Task) -> list[str]:
+    """Return the task's sentence on the right answers, and whose scores the table shows."""
+    found = [result for row in rows for result in results_of(row)]
+    if not found:
+        return []
+    sentences = [task.explain_references(found[0]), "All scores are of the best checkpoint."]
+    return [" ".join(filter(None, sentences))]
 
 
 def results_of(row: Row) -> list[dict[str, Any]]:
-    """Return the results of the best checkpoints, or of the untouched model."""
+    """Return the results of the best checkpoints, or of the base model."""
     if row.trains:
         return [run.results["best"] for run in row.runs]
     return [read_json(path) for path in row.untrained]
 
 
 def predictions_of(row: Row) -> list[dict[str, Any]]:
-    """Return what the first seed's best checkpoint, or the untouched model, said."""
+    """Return the predictions of the first seed's best checkpoint, or of the base model."""
     if row.trains:
         return row.runs[0].predictions["best"]
     return predictions_beside(row.untrained[0])
 
 
-def metrics_table(rows: Sequence[Row]) -> list[str]:
-    lines = [["", "seeds", "validation loss", *(title for title, *_ in METRICS.values())]]
+def metrics_table(rows: Sequence[Row], metrics: Mapping[str, Metric]) -> list[str]:
+    """Return a table with a line for each row and a column for each of the task's metrics."""
+    lines = [["", "seeds", "validation loss", *(metric.title for metric in metrics.values())]]
     for row in rows:
         found = results_of(row)
         loss = mean_and_deviation(losses(row)) if row.runs else ""
-        cells = [cell(found, name) for name in METRICS] if found else [""] * len(METRICS)
+        cells = [score_cell(found, *item) if found else "" for item in metrics.items()]
         lines.append([plain(row.label), row.seeds, loss, *cells])
     return markdown_table(lines)
 
 
-def cell(results: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return the mean of a metric over the seeds, and the mean of its interval's ends."""
-    _, factor, digits = METRICS[name]
-    value = mean_and_deviation([factor * result[name] for result in results], digits)
-    low, high = (factor * statistics.mean(result["interval_95"][name][end] for result in results)
-                 for end in (0, 1))
-    return f"{value} ({low:.{digits}f} to {high:.{digits}f})"
+def score_cell(results: Sequence[Mapping[str, Any]], name: str, metric: Metric) -> str:
+    """Return the mean of a score over the seeds and, if it has one, the mean interval."""
+    cell = mean_and_deviation([metric.factor * result[name] for result in results], metric.digits)
+    intervals = [result["interval_95"][name] for result in results
+                 if name in result.get("interval_95", {})]
+    if not intervals:
+        return cell
+    low, high = map(statistics.mean, zip(*intervals, strict=True))
+    return f"{cell} ({metric.show(low)} to {metric.show(high)})"
 
 
-def right_answers(rows: Sequence[Row]) -> list[str]:
-    """Say what the right answers themselves would get."""
-    found = [result for row in rows for result in results_of(row)]
-    if not found:
-        return []
-    return [f"Of the {found[0]['n']} right answers {found[0]['references_parse']:.1%} parse; they "
-            f"have {found[0]['reference_tokens']:.0f} tokens. All figures are of the best "
-            "checkpoint; perplexity is of the right answer's tokens, the rest of what was "
-            "generated."]
-
-
-def section(rows: Sequence[Row], title: str, more: Sequence[str] = ()) -> Section:
-    series = [(row.label, [run.metrics for run in row.runs]) for row in rows if row.runs]
-    title_of_steps = "training loss of a step (nats a token)"
-    figure = validation_curves(series, "train_loss", title_of_steps, first=1) if series else None
-    return Section(title, basis([row for row in rows if row.trains]),
-                   [*right_answers(rows), *metrics_table(rows), *more, *commands(rows)], figure)
-
-
-def compared(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return section(rows, "The untouched model, LoRA of two ranks, full fine-tuning",
-                   examples([row for row in rows if results_of(row)], config.seed))
-
-
-def targets(rows: Sequence[Row], config: TrainConfig) -> Section:
-    return section(rows, "Which layers?")
-
-
-def examples(rows: Sequence[Row], seed: int) -> list[str]:
-    """Return test questions, drawn with `seed`, each with what the rows' models answered."""
+def examples(rows: Sequence[Row], task: Task, seed: int) -> list[str]:
+    """Return test questions, drawn with `seed`, each with the answers of the rows' models."""
     if not rows:
         return []
-    said = [predictions_of(row) for row in rows]
-    number = len(said[0])
+    predictions = [predictions_of(row) for row in rows]
+    number = len(predictions[0])
     drawn = sorted(random.Random(seed).sample(range(number), min(EXAMPLES, number)))
     titles = ["question", "right answer", *(row.label for row in rows)]
     lines = ["<table>", html_row("th", map(html.escape, titles))]
     for i in drawn:
-        texts = [strip_fences(said[0][i]["reference"]),
-                 *(strip_fences(answers[i]["generated"]) for answers in said)]
-        cells = [in_one_line(said[0][i]["question"], "<br>"), *map(preformatted, texts)]
-        lines.append(html_row("td", cells))
-    about = (f"{len(drawn)} of the {number} test examples, drawn with seed {seed}, with the first "
+        texts = [predictions[0][i]["reference"], *(each[i]["generated"] for each in predictions)]
+        question = in_one_line(predictions[0][i][task.text_field], "<br>")
+        lines.append(html_row("td", [question, *map(preformatted, map(task.display, texts))]))
+    about = (f"{len(drawn)} of the {number} test examples, drawn with seed {seed}, and the first "
              "seed's answers, verbatim:")
     return ["", about, "", *lines, "</table>"]
 
 
-def html_row(tag: str, cells: Any) -> str:
+def html_row(tag: str, cells: Iterable[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
-def preformatted(code: str) -> str:
-    return f"<pre>{in_one_line(code, '&#10;')}</pre>"
+def preformatted(text: str) -> str:
+    return f"<pre>{in_one_line(text, '&#10;')}</pre>"
 
 
 def in_one_line(text: str, line_end: str) -> str:
-    """Escape any text, its line ends too: a blank line would end the table."""
+    """Escape any text and its line ends, because a blank line would end the table."""
     lines = html.escape(text).encode("utf-8", "replace").decode().splitlines()
     return line_end.join(lines)

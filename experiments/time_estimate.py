@@ -1,4 +1,4 @@
-"""How long a run may take."""
+"""An estimate of how long a run takes."""
 
 import statistics
 import sys
@@ -14,17 +14,18 @@ from dataloader import CustomDataLoader, find_task, make_task
 from experiments.jobs import Job
 from model import GPTConfig
 from runtime.device import resolve_device, resolve_dtype
-from runtime.run_folder import read_metrics, read_run, training_seconds
+from runtime.run_folder import read_metrics, training_seconds
 from train import TrainConfig
 
-STARTUP = 6.0  # seconds until a script computes
-EFFICIENCY = 0.25  # the speed of a run, as a share of one large matrix product's
+STARTUP = 6.0  # seconds before a script starts to compute
+EFFICIENCY = 0.25  # speed of a run relative to one large matrix product
 
 
 class Estimate:
-    """Seconds of a run: its useful FLOPs at this machine's speed, corrected by runs that ended.
+    """Estimate the seconds of a run from its useful FLOPs and the speed of this machine.
 
-    Raises ValueError or OSError if the model or the data, which every run needs, are not there.
+    Runs that have finished correct the speed. Raises ValueError or OSError if the model or the
+    data is missing.
     """
 
     def __init__(self, config: TrainConfig, at_once: int, jobs: Iterable[Job]) -> None:
@@ -35,17 +36,17 @@ class Estimate:
                         for split in ("train", "validation", "test")}
         peak = matrix_peak(resolve_dtype(config.dtype, device), device)["plain"]
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the runs will want it
+            torch.cuda.empty_cache()  # the runs need it
         sharing = max(1.0, at_once / max(1, torch.cuda.device_count()))
         self.rate = EFFICIENCY * peak / sharing
         done = [job for job in jobs if job.script == "train.py" and job.finished]
-        measured = sum(training_seconds(read_run(str(job.folder))["settings"],
-                                        read_metrics(job.folder)) for job in done)
+        measured = sum(training_seconds(
+            read_metrics(job.folder), config.window, config.max_iters) for job in done)
         if measured:
             self.rate *= sum(map(self.training, done)) / measured
 
     def count_tokens(self, prompt: str) -> tuple[float, int, float]:
-        """Return the mean tokens of an example of its own, of the shared prefix, of an answer."""
+        """Return the mean tokens of an example after the prefix, of the prefix, of an answer."""
         task = make_task(self.config.task, prompt)
         longest = self.config.block_size or self.shape.block_size
         loader = CustomDataLoader(self.config.dataset, task, longest)
@@ -61,12 +62,12 @@ class Estimate:
             self.shape, own, prefix / self.config.batch_size, rank, verb, answers)
 
     def training(self, job: Job) -> float:
-        """Return the seconds that the optimizer's steps may take."""
-        window = self.config.batch_size * self.config.gradient_accumulation_steps
-        return self.config.max_iters * window * self.flops(job.settings, "train") / self.rate
+        """Estimate the seconds of the optimizer steps."""
+        examples = self.config.max_iters * self.config.window
+        return examples * self.flops(job.settings, "train") / self.rate
 
     def seconds(self, job: Job) -> float:
-        """Return the seconds that all of a job may take."""
+        """Estimate the seconds of a whole job."""
         test = min(self.config.test_size or sys.maxsize, len(self.records["test"]))
         scoring = self.flops(job.settings, "score") / self.rate
         if job.script == "generate.py":

@@ -9,14 +9,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import write_json
-from checkpoints.trainer_state import read_state, write_state
+from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, run_script
 from model import GPT, GPTConfig
 from pretraining.corpus import Windows, documents, read_reviews, tokenize
@@ -24,6 +24,7 @@ from pretraining.sampled_softmax import Vocabulary, evaluate, predict, token_los
 from runtime.device import (
     DeviceConfig,
     describe,
+    dtype_name,
     out_of_memory_told,
     resolve_device,
     resolve_dtype,
@@ -33,9 +34,10 @@ from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning
 from runtime.processes import stop_on_signal
 from runtime.run_folder import (
     MetricsLog,
+    NewFolderConfig,
     changed_settings,
-    forget_metrics,
     lock_folder,
+    reopen,
     start_folder,
 )
 
@@ -43,12 +45,11 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 
 
 @dataclass(frozen=True)
-class PretrainConfig(OptimizerConfig, DeviceConfig):
+class PretrainConfig(OptimizerConfig, NewFolderConfig, DeviceConfig):
     """Settings of `python -m pretraining`."""
 
     init_from: Annotated[Literal["scratch", "resume"], "start anew, or go on"] = "scratch"
     out_dir: Annotated[str, "folder of the run; its `model` is the result"] = "out/pretrain"
-    overwrite: Annotated[bool, "replace a run in out_dir"] = False
     seed: Annotated[int, "of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
     data: Annotated[str, "imdb (from the hub) or a folder with its three splits"] = "imdb"
     passes: Annotated[int, "times a labelled review is cut into pieces", Bounds(1)] = 1
@@ -71,11 +72,11 @@ class Run:
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config, self.folder = config, Path(config.out_dir)
-        self.state_file = self.folder / "trainer_state.pt"
         resume = config.init_from == "resume"
-        if self.state_file.exists() and not (resume or config.overwrite):
-            raise ValueError(f"out_dir={config.out_dir!r} holds a run; go on with init_from=resume,"
-                             " choose another out_dir, or overwrite=True to replace it")
+        if (self.folder / STATE_FILE).exists() and not (resume or config.overwrite):
+            raise ValueError(
+                f"out_dir={config.out_dir!r} holds a run; resume it with init_from=resume, "
+                "choose another out_dir, or overwrite=True to replace it")
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         torch.manual_seed(config.seed)
@@ -95,9 +96,8 @@ class Run:
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
         if not resume:
-            start_folder(asdict(config), **describe(self.device),
-                                dtype=str(self.dtype).removeprefix("torch."))
-        self.metrics = MetricsLog(asdict(config) | {"wandb_mode": "disabled"})
+            start_folder(config, **describe(self.device), dtype=dtype_name(self.dtype))
+        self.metrics = MetricsLog(self.folder)
 
     def step(self) -> float:
         """Take one optimizer step; return its loss in nats a token, all tokens alike."""
@@ -131,34 +131,30 @@ class Run:
         tqdm.write(f"step {self.iteration}: {shown}")
         return scores
 
+    @property
+    def state(self) -> TrainerState:
+        return TrainerState(self.model.state_dict(), self.optimizer, self.scaler, self.device)
+
     def save_state(self) -> None:
         """Write all that the next step depends on; data and chance follow from the iteration."""
-        write_state(self.state_file, {
-            "settings": asdict(self.config), "iteration": self.iteration, "seconds": self.seconds,
-            "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        })
+        self.state.save(self.folder, asdict(self.config), iteration=self.iteration,
+                        seconds=self.seconds)
 
     def load_state(self) -> None:
-        """Go on where `save_state` was.
+        """Continue from the saved state.
 
         Raises FileNotFoundError without a state, ValueError for one that other settings made.
         """
-        if not self.state_file.is_file():
-            raise FileNotFoundError(
-                f"out_dir={str(self.folder)!r} holds no run: there is no {self.state_file}")
-        state: dict[str, Any] = read_state(self.state_file)
-        if missing := {"settings", "weights", "optimizer", "scaler", "seconds"} - state.keys():
-            raise ValueError(f"{self.state_file} is not of a pretraining: it lacks "
-                             f"{', '.join(sorted(missing))}")
-        free = {"init_from": "resume", "eval_iters": self.config.eval_iters}
-        if changed := changed_settings(state["settings"] | free, asdict(self.config)):
+        if not (self.folder / STATE_FILE).is_file():
+            raise FileNotFoundError(f"out_dir={str(self.folder)!r} holds no run: there is no "
+                                    f"{self.folder / STATE_FILE}")
+        state = self.state.read(self.folder, "iteration", "seconds")
+        changed = changed_settings(state["settings"], self.config, ("init_from", "eval_iters"))
+        if changed:
             raise ValueError(f"a resumed run keeps its settings, but {changed}")
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.state.restore(state, self.folder)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
-        forget_metrics(self.folder, self.iteration + 1, evaluated=False)
+        reopen(self.folder, self.iteration + 1, evaluated=False)
 
 
 def fit(run: Run) -> None:
@@ -179,7 +175,7 @@ def fit(run: Run) -> None:
                 run.save_state()
     run.save_state()
     if run.iteration < config.max_iters:
-        print(f"stopped at step {run.iteration}; go on with init_from=resume", file=sys.stderr)
+        print(f"stopped at step {run.iteration}; resume with init_from=resume", file=sys.stderr)
         raise KeyboardInterrupt
 
 

@@ -95,6 +95,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and _cpu_bfloat16_pays() else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that a setting has for `dtype`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Compute matrix products in `dtype`; with float32 everything stays as it is."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

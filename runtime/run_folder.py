@@ -1,85 +1,135 @@
-"""A run's folder: its settings, metrics and plot, and who may write to it."""
+"""A run's folder: its settings, its metrics and plot, whether it is finished, who may write to it.
+
+`config.json` holds the settings, `metrics.jsonl` a line for each log, `loss.png` their plot,
+`trainer_state.pt` the state to resume from, `best/` and `last/` the checkpoints with their scores,
+and `finished.json` says that the run is complete.
+"""
 
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from checkpoints.files import atomic_write, read_json, remove_leftovers, write_json
+from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT
-from runtime.tracking import start_wandb
+from runtime.device import device_name, resolve_dtype
+from runtime.tracking import Tracker
 
-FINISHED = '_last"'  # so ends the name of the metric that a run logs last
-# They change what a run reports, not what it computes.
+CONFIG_FILE, METRICS_FILE, FINISHED_FILE = "config.json", "metrics.jsonl", "finished.json"
+# These change what a run reports, not what it computes.
 FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
     "baseline",
 }
-# What it takes to rebuild a run's model and to ask its questions again.
-NEEDED_SETTINGS = {
-    "init_from", "task", "dataset", "prompt", "block_size", "train_size", "test_size", "seed",
-    "dropout",
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_qkv",
-}
+Config = TypeVar("Config")
 
 
-def read_run(out_dir: str) -> dict[str, Any]:
-    """Return the `config.json` of a run.
+@dataclass(frozen=True)
+class FolderConfig:
+    """The setting that names a run's folder."""
 
-    Raises FileNotFoundError if there is none, ValueError if it is not a run's or too old a one's.
+    out_dir: Annotated[str, "folder of the run"] = "out"
+
+
+@dataclass(frozen=True)
+class NewFolderConfig(FolderConfig):
+    """Settings of a script that starts a run in a folder."""
+
+    overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What `config.json` says about a run: its settings, and the machine and model it had."""
+
+    settings: Mapping[str, Any]
+    device: str
+    dtype: str  # what "auto" resolved to
+    processes: int = 1
+    facts: Mapping[str, Any] = field(default_factory=dict)  # processor, versions, parameters, ...
+
+    def config(self, cls: type[Config]) -> Config:
+        """Return the settings as `cls`; a setting that the run does not name has its default."""
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in self.settings.items() if name in known})
+
+
+def read_run(out_dir: str) -> SavedRun:
+    """Read the `config.json` of a fine-tuning run.
+
+    Raises FileNotFoundError if there is none, ValueError if it belongs to something else.
     """
-    path = Path(out_dir, "config.json")
+    path = Path(out_dir, CONFIG_FILE)
     if not path.is_file():
         raise FileNotFoundError(f"out_dir={out_dir!r} holds no run: there is no {path}")
     run = read_json(path)
     missing = {"settings", "device", "dtype"} - run.keys()
-    missing |= NEEDED_SETTINGS - run.get("settings", {}).keys()
+    settings = run.get("settings")
+    if not missing and not isinstance(settings, dict):
+        raise ValueError(f"{path}: settings must be an object")
+    missing |= {"init_from", "lora_rank"} - (settings or {}).keys()
     if missing:
-        raise ValueError(f"{path} is not of this version: it lacks {', '.join(sorted(missing))}")
-    return run
+        raise ValueError(f"{path} is not a fine-tuning run's: it lacks "
+                         f"{', '.join(sorted(missing))}")
+    named = {name: run.pop(name) for name in ("settings", "device", "dtype")}
+    return SavedRun(**named, processes=run.pop("processes", 1), facts=run)
 
 
-def changed_settings(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Name the settings that would change what a run computes, with both values."""
+def run_dtype(run: SavedRun | None, name: str, device: torch.device) -> torch.dtype:
+    """Resolve the dtype called `name`; auto is that of a saved `run` on hardware like its own."""
+    same = run is not None and name == "auto" and run.device == device_name(device)
+    return resolve_dtype(run.dtype if same else name, device)
+
+
+def changed_settings(
+    saved: Mapping[str, Any], config: Any, ignore: Collection[str] = ()
+) -> str:
+    """Name the settings that would change what a run computes, with both values.
+
+    A setting that `saved` lacks had its default: it was added later.
+    """
+    saved = {field.name: field.default for field in fields(config)} | dict(saved)
     return ", ".join(
-        f"{name}={settings.get(name)!r}, now {value!r}"
-        for name, value in other.items()
-        if name not in FREE_SETTINGS and settings.get(name) != value
+        f"{name}={saved[name]!r}, now {value!r}" for name, value in asdict(config).items()
+        if name not in FREE_SETTINGS and name not in ignore and saved[name] != value
     )
 
 
-def refuse_loss(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if starting anew in `out_dir` would lose work, unless told to overwrite.
+def refuse_loss(config: NewFolderConfig) -> None:
+    """Raise ValueError if a new run in `out_dir` would lose work, unless `overwrite` allows it.
 
-    A finished run of the same settings may be repeated, and so may one that was killed before its
-    first state was whole: it ends the same.
+    A finished run of the same settings may be repeated, and so may one that was killed before it
+    saved its first state: both end with the same result.
     """
-    folder = Path(settings["out_dir"])
-    saved = [name for name in ("trainer_state.pt", "best", "last") if (folder / name).exists()]
-    if settings["overwrite"] or not saved:
+    folder = Path(config.out_dir)
+    saved = [name for name in (STATE_FILE, "best", "last") if (folder / name).exists()]
+    if config.overwrite or not saved:
         return
-    changed = changed_settings(read_run(str(folder))["settings"], settings)
+    changed = changed_settings(read_run(config.out_dir).settings, config)
     if changed:
         held = f"a run of other settings ({changed}); choose another out_dir"
-    elif "trainer_state.pt" in saved and not is_finished(folder):
-        held = "an unfinished run; go on with init_from=resume"
+    elif STATE_FILE in saved and not is_finished(folder):
+        held = "an unfinished run; resume it with init_from=resume"
     else:
         return
-    raise ValueError(f"out_dir={str(folder)!r} holds {held}, or overwrite=True to replace it")
+    raise ValueError(f"out_dir={config.out_dir!r} holds {held}, or overwrite=True to replace it")
 
 
 def lock_folder(folder: Path) -> FileLock:
     """Keep other runs out of `folder` until the lock is released or this process ends.
 
-    What a killed run left half written is removed. Raises ValueError if another run is in it.
+    Removes the temporary files of killed runs. Raises ValueError if another run holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -93,14 +143,23 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
-def start_folder(settings: Mapping[str, Any], **facts: Any) -> None:
-    """Remove what an earlier run left in `out_dir`, and write down how this one is made."""
-    folder = Path(settings["out_dir"])
-    for name in ("trainer_state.pt", "metrics.jsonl", "loss.png"):  # the state first: without
-        (folder / name).unlink(missing_ok=True)                     # it nothing goes on from here
+def start_folder(config: FolderConfig, **facts: Any) -> None:
+    """Remove what an earlier run left in `out_dir`, and write the settings of the new one."""
+    folder = Path(config.out_dir)
+    # The state goes first: without it, nobody can resume from a folder that is half removed.
+    for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, "loss.png"):
+        (folder / name).unlink(missing_ok=True)
     for name in ("base", "best", "last"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(folder / "config.json", {"settings": settings, **facts, "commit": git_commit()})
+    write_json(folder / CONFIG_FILE,
+               {"settings": asdict(config), **facts, "commit": git_commit()})  # type: ignore
+
+
+def forget_results(folder: Path) -> None:
+    """Remove the scores and predictions of a checkpoint that is about to be replaced."""
+    for pattern in ("results*.json", "predictions*.jsonl"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def git_commit() -> str | None:
@@ -113,65 +172,64 @@ def git_commit() -> str | None:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and to a W&B run; does nothing unless `enabled`."""
+    """Append to `metrics.jsonl` and to the tracker; without a folder, do nothing."""
 
-    def __init__(self, settings: Mapping[str, Any], enabled: bool = True) -> None:
-        self.folder, self.enabled = Path(settings["out_dir"]), enabled
-        self.wandb = start_wandb(settings) if enabled else None
+    def __init__(self, folder: Path | None, tracker: Tracker | None = None) -> None:
+        self.folder, self.tracker = folder, tracker or Tracker()
 
     def log(self, iteration: int, **values: float) -> None:
-        if not self.enabled:
+        if self.folder is None:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self._track(lambda: self.wandb.log(values, step=iteration))
+        self.tracker.log(values, iteration)
 
     def close(self) -> None:
-        if self.enabled:
+        if self.folder is not None:
             try:
                 plot_losses(self.folder)
-            except OSError as error:  # a full disk; whatever ended the run is told besides
+            except OSError as error:  # a full disk must not hide the error that ended the run
                 print(error, file=sys.stderr)
-        self._track(lambda: self.wandb.finish())
-
-    def _track(self, call: Callable[[], object]) -> None:
-        """Make a call to W&B; whatever it throws ends the tracking, not the run."""
-        if self.wandb:
-            try:
-                call()
-            except Exception as error:  # a tracking service may throw anything
-                print(f"wandb stopped: {error}")
-                self.wandb = None
+        self.tracker.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of `metrics.jsonl`, without one that a crash cut short."""
-    path = folder / "metrics.jsonl"
+    """Return the lines of `metrics.jsonl` but one that a crash cut short."""
+    path = folder / METRICS_FILE
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def mark_finished(folder: Path, iteration: int) -> None:
+    """Record that the run has trained `iteration` steps and scored its checkpoints."""
+    write_json(folder / FINISHED_FILE, {"iteration": iteration})
+
+
 def is_finished(folder: Path) -> bool:
-    """Tell whether a run has scored its last checkpoint, the last thing that it does."""
-    return any(FINISHED in json.dumps(line) for line in read_metrics(folder))
+    """Return whether a run is complete. Older runs have no record but log their last test score."""
+    return (folder / FINISHED_FILE).is_file() or any(
+        key.startswith("test_") and key.endswith("_last")
+        for line in read_metrics(folder) for key in line)
 
 
-def training_seconds(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> float:
-    """Return the seconds that all optimizer steps of a run took, without its validations."""
-    reviews = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    seconds = [reviews / line["reviews_per_second"] for line in metrics
-               if "reviews_per_second" in line]
-    return settings["max_iters"] * statistics.mean(seconds) if seconds else 0.0
-
-
-def forget_metrics(folder: Path, iteration: int, evaluated: bool) -> None:
-    """Drop the lines of `metrics.jsonl` that come after a state saved at `iteration`."""
+def reopen(folder: Path, iteration: int, evaluated: bool) -> None:
+    """Continue a run at a state saved at `iteration`: it is not finished, and later lines go."""
+    (folder / FINISHED_FILE).unlink(missing_ok=True)
     lines = [
         json.dumps(line) + "\n" for line in read_metrics(folder)
         if line["iteration"] < iteration + (evaluated and "validation_loss" in line)
     ]
-    with atomic_write(folder / "metrics.jsonl") as temporary:
+    with atomic_write(folder / METRICS_FILE) as temporary:
         temporary.write_text("".join(lines), "utf-8")
+
+
+def training_seconds(
+    metrics: Sequence[Mapping[str, float]], window: int, max_iters: int
+) -> float:
+    """Return the seconds that `max_iters` steps of `window` examples took, without validations."""
+    seconds = [window / line["reviews_per_second"] for line in metrics
+               if "reviews_per_second" in line]
+    return max_iters * statistics.mean(seconds) if seconds else 0.0
 
 
 def plot_losses(folder: Path) -> None:
@@ -184,7 +242,7 @@ def plot_losses(folder: Path) -> None:
         steps, losses = [line["iteration"] for line in lines], [line[key] for line in lines]
         axes.plot(steps, losses, style, label=key.replace("_", " "))
     axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)", title=folder.name)
-    axes.set_yscale("log")  # the format is learned in a few steps, the task in the long rest
+    axes.set_yscale("log")  # a few steps teach the format, the long rest the task
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -2,37 +2,69 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from checkpoints.files import read_json
 
 KEY_FILE = Path("wandb_api.json")
+WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
-def start_wandb(settings: Mapping[str, Any]) -> Any:
-    """Start a W&B run, or return None; without a key it stays offline and says so."""
-    if settings["wandb_mode"] == "disabled":
-        return None
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Settings of the experiment tracking."""
+
+    wandb_project: Annotated[str, "Weights & Biases project"] = "lora-homework"
+    wandb_mode: Annotated[WandbMode, "auto is online where a key is found"] = "auto"
+
+
+class Tracker:
+    """A W&B run, or none. An exception from W&B ends the tracking, not the training."""
+
+    def __init__(self, run: Any = None) -> None:
+        self.run = run
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._call(lambda: self.run.log(values, step=step))
+
+    def close(self) -> None:
+        self._call(lambda: self.run.finish())
+
+    def _call(self, call: Callable[[], object]) -> None:
+        if self.run is None:
+            return
+        try:
+            call()
+        except Exception as error:  # W&B may raise anything
+            print(f"wandb stopped: {error}")
+            self.run = None
+
+
+def start_tracking(config: TrackingConfig, folder: Path) -> Tracker:
+    """Start a W&B run in `folder`; without a key it stays offline and says so."""
+    if config.wandb_mode == "disabled":
+        return Tracker()
     try:
-        import wandb  # slow to import, and not everybody wants it
+        import wandb  # slow to import, and many runs do not use it
 
-        mode = wandb_mode(settings["wandb_mode"], lambda: wandb.api.api_key)
+        mode = wandb_mode(config.wandb_mode, lambda: wandb.api.api_key)
         if mode == "offline":
-            print(f"wandb: offline, in {settings['out_dir']}/wandb; for online runs set "
-                  f"WANDB_API_KEY or write {{\"key\": ...}} to {KEY_FILE}")
-        return wandb.init(
-            project=settings["wandb_project"], name=Path(settings["out_dir"]).name,
-            dir=settings["out_dir"], config=dict(settings), mode=mode,
+            print(f"wandb: offline, in {folder}/wandb; to go online, set WANDB_API_KEY or write "
+                  f"{{\"key\": ...}} to {KEY_FILE}")
+        return Tracker(wandb.init(
+            project=config.wandb_project, name=folder.name, dir=str(folder),
+            config=asdict(config), mode=mode,
             settings=wandb.Settings(silent=mode != "online", init_timeout=30),
-        )
-    except Exception as error:  # whatever a tracking service may throw
+        ))
+    except Exception as error:  # W&B may raise anything
         print(f"wandb: off, {error}")
-        return None
+        return Tracker()
 
 
 def wandb_mode(wanted: str, logged_in: Callable[[], str | None]) -> str:
-    """Resolve "auto": WANDB_MODE if set, else online where a key is found, else offline."""
+    """Resolve "auto": WANDB_MODE if it is set, else online if a key is found, else offline."""
     if wanted != "auto":
         return wanted
     if "WANDB_API_KEY" not in os.environ and KEY_FILE.is_file():

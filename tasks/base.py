@@ -1,6 +1,6 @@
-"""What a task is: the questions, the right answers, and how answers are scored.
+"""What a task is: its questions, its right answers, and the scores of generated answers.
 
-The tasks themselves stand in `dataloader.py`.
+`dataloader.py` lists the tasks in `TASKS`.
 """
 
 import math
@@ -8,17 +8,19 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tasks import scores
-from tasks.scores import Completion, Prediction
+from tasks.scores import Completion, Metric, Prediction, TextPrediction
 from tasks.sources import SPLITS, Record, read_records
+
+Answers = Literal["word", "text"]
 
 
 def prompt_template(prompt: str, prompts: Mapping[str, str]) -> str:
     """Return the template called `prompt`, or `prompt` itself if it holds a `{text}`.
 
-    Raises ValueError for anything else, naming the templates there are.
+    Raises ValueError for anything else, naming the known templates.
     """
     if prompt in prompts:
         return prompts[prompt]
@@ -30,22 +32,46 @@ def prompt_template(prompt: str, prompts: Mapping[str, str]) -> str:
 
 
 class Task(ABC):
-    """What is asked, what is right, and how answers are scored: all that depends on the data.
+    """Questions, right answers and scores: everything that depends on the data.
 
-    A new task is a subclass with these attributes and the methods below, listed in `TASKS`; one
-    with a few label words to choose from is a `ClassificationTask`.
+    To add a task, write a subclass and list it in `TASKS` in dataloader.py; training, scoring,
+    generation and the experiments' report need nothing else. If the answer is one of a few words,
+    subclass `ClassificationTask` and set `name`, `dataset`, `prompts` and `labels`. If the answer
+    is a longer text, subclass `Task`, set the attributes without a default, and define three
+    methods:
+
+        class SummaryTask(Task):
+            name, dataset, answer_tokens = "summary", "data/summaries", 100
+            prompts = {"default": "Summarize.\\nText: {text}\\nSummary:"}
+            headline, metrics = "length", {"length": Metric("letters", digits=0)}
+
+            def read(self, dataset, split):
+                return read_records(dataset, split)  # rows with the fields text and summary
+
+            def answer(self, record):
+                return f" {record['summary']}"
+
+            def summarize(self, records, predictions):
+                lengths = [len(prediction.generated) for prediction in predictions]
+                return {"n": len(records), "length": statistics.mean(lengths)}
+
+    The other methods have defaults for long answers. `answers` chooses the plan and the sections
+    of the report: "word" needs the results of a `ClassificationTask`; "text" needs `metrics`, and
+    rows and predictions with the fields `reference` and `generated`.
     """
 
-    name: str  # for task=...
-    dataset: str  # the data set it is made for
-    prompts: Mapping[str, str]  # templates with {text}, by name, a "default" among them
-    text_field = "text"  # what {text} stands for, and what is cut when a prompt is too long
-    noun = "examples"
-    answer_tokens: int  # longest generated answer, unless asked otherwise
-    quick = False  # answers are so short that every validation generates them all
-    likelihood = False  # scoring also asks how likely the right answer is
+    name: str  # the value of the setting `task`
+    dataset: str  # the default data set
+    prompts: Mapping[str, str]  # templates with {text}, by name; one is "default"
+    answer_tokens: int  # default limit of a generated answer
     headline: str  # the result that a finished run logs
-    logged: ClassVar[tuple[str, ...]] = ()  # the results that a validation logs, if it is quick
+    metrics: ClassVar[Mapping[str, Metric]] = {}  # the results that tables show, in this order
+    answers: ClassVar[Answers] = "text"  # one word of a few, or a longer text
+    text_field = "text"  # the field behind {text}, which is cut when a prompt is too long
+    noun = "examples"
+    quick = False  # whether every validation generates all answers, because they are short
+    likelihood = False  # whether scoring also computes the likelihood of the right answer
+    logged: ClassVar[tuple[str, ...]] = ()  # the results that a validation logs if it is quick
     choices: Sequence[str] = ()  # the possible answers, if they are few
 
     def __init__(self, prompt: str = "default") -> None:
@@ -63,47 +89,66 @@ class Task(ABC):
 
     @abstractmethod
     def answer(self, record: Record) -> str:
-        """Return the right answer; the space or line end between it and the prompt is its own."""
-
-    @abstractmethod
-    def judge(self, completion: Completion) -> Any:
-        """Return what a completion amounts to, as a NamedTuple whose fields are worth writing."""
+        """Return the right answer with the space or line end that separates it from the prompt."""
 
     @abstractmethod
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
-        """Return the results of a split."""
+        """Return the results of a split: its size `n`, `headline` and `metrics`, among others.
 
-    @abstractmethod
+        `interval_95` may hold 95 % intervals (low, high) by the metric's name.
+        """
+
+    def judge(self, completion: Completion) -> Any:
+        """Return the prediction in a completion: a NamedTuple, written to predictions.jsonl."""
+        return TextPrediction(completion.text, completion.tokens, completion.ended,
+                              completion.reference_nats, completion.reference_tokens)
+
     def row(self, record: Record) -> Record:
-        """Return what identifies a record beside its prediction."""
+        """Return the fields of a record that predictions.jsonl holds beside its prediction."""
+        return {self.text_field: record[self.text_field], "reference": self.answer(record).strip()}
 
-    @abstractmethod
     def tell(self, prediction: Any) -> list[str]:
         """Return the lines that show one prediction."""
+        return [self.display(prediction.generated)]
 
-    @abstractmethod
     def describe(self, results: Mapping[str, Any]) -> str:
         """Return the results in one line."""
+        return ", ".join(f"{title} {cell}" for title, cell in self.columns(results).items())
 
-    @abstractmethod
     def columns(self, results: Mapping[str, Any]) -> dict[str, str]:
-        """Return the cells of a table that tell the results of one checkpoint."""
+        """Return the cells of a table that show the results of one checkpoint, by title."""
+        return {metric.title: metric.show(results[name]) for name, metric in self.metrics.items()}
+
+    def display(self, answer: str) -> str:
+        """Return an answer, generated or right, as a person should see it."""
+        return answer.strip()
+
+    def explain_scores(self) -> str:
+        """Return the sentences at the head of the report that say how answers are scored."""
+        return ("The models answer the test split greedily. Each score is the mean ± standard "
+                "deviation over the seeds. Brackets hold the 95 % interval over the examples, "
+                "where a score has one; its ends are averaged over the seeds.")
+
+    def explain_references(self, results: Mapping[str, Any]) -> str:
+        """Return what the report says about the right answers of the test split, if anything."""
+        return ""
 
     def facts(self, records: Sequence[Record]) -> dict[str, str]:
-        """Return what an analysis of a split should tell beside numbers of tokens."""
+        """Return what an analysis of a split shows beside the numbers of tokens."""
         return {}
 
     def census(self, dataset: str) -> dict[str, int]:
-        """Return how many rows a data set has, and how many of them repeat another's text."""
+        """Return the number of rows in a data set, and how many repeat another's text."""
         splits = [self.read(dataset, split) for split in SPLITS]
         texts = [record[self.text_field] for records in splits for record in records]
         return {"rows": len(texts), "repeated texts": len(texts) - len(set(texts))}
 
 
 class ClassificationTask(Task):
-    """Which of a few words is right? `labels` are the words, by label."""
+    """Choose one of a few words; `labels` holds the words, by label."""
 
     labels: tuple[str, ...]
+    answers = "word"
     answer_tokens = 5
     quick = True
     headline = "accuracy"
@@ -112,7 +157,7 @@ class ClassificationTask(Task):
     def __init__(self, prompt: str = "default") -> None:
         super().__init__(prompt)
         if taken := scores.RESERVED.intersection(self.labels):
-            raise ValueError(f"a label cannot be called {taken.pop()!r}: a score is")
+            raise ValueError(f"{taken.pop()!r} cannot be a label: a score has this name")
 
     @property
     def choices(self) -> Sequence[str]:
@@ -163,6 +208,11 @@ class ClassificationTask(Task):
 
     def columns(self, results: Mapping[str, Any]) -> dict[str, str]:
         return scores.columns(results)
+
+    def explain_scores(self) -> str:
+        return ("Accuracy is the share of *generated* answers to the test split that are right, "
+                "mean ± standard deviation over the seeds. The 95 % interval beside it is Wilson's "
+                f"for that mean on n {self.noun}.")
 
     def facts(self, records: Sequence[Record]) -> dict[str, str]:
         counts = Counter(self.labels[record["label"]] for record in records)

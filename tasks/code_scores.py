@@ -1,4 +1,4 @@
-"""Scores of Python code that was generated: it is parsed, never executed."""
+"""Scores of generated Python code, which is parsed but never executed."""
 
 import ast
 import math
@@ -7,33 +7,30 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import dedent
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from models.tokenizer import get_tokenizer
+from tasks.scores import Metric, TextPrediction
 
 FENCED = re.compile(
     r"```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 CLOSED = re.compile(r"\A([^`]*\S)\s*```\s*\Z")  # code whose opening fence is missing
 RESAMPLES = 1000  # of the bootstrap
-
-
-class CodePrediction(NamedTuple):
-    """An answer, and how likely the model found the right one."""
-
-    generated: str
-    tokens: int
-    ended: bool  # by itself, before the longest answer that was allowed
-    reference_nats: float  # of the right answer with its end-of-text, as far as it fits
-    reference_tokens: int
+METRICS = {
+    "perplexity": Metric("perplexity"), "bleu": Metric("BLEU", digits=1),
+    "chrf": Metric("chrF", digits=1), "rouge_l": Metric("ROUGE-L", digits=3),
+    "exact_match": Metric("exact match, %", 100, 1), "parses": Metric("parse, %", 100, 1),
+    "ended": Metric("ended by itself, %", 100, 1), "tokens": Metric("tokens", digits=0),
+}
 
 
 def strip_fences(answer: str) -> str:
     """Return the code between the fences of `answer`, or all of it where there are none.
 
-    Several fenced blocks follow each other; the last may be cut off before its closing fence, and
-    a closing fence alone ends the code before it.
+    Joins several fenced blocks. The last may be cut off before its closing fence; a closing fence
+    without an opening one ends the code before it.
     """
     if closed := CLOSED.match(answer):
         return closed[1].strip("\n")
@@ -44,14 +41,14 @@ def strip_fences(answer: str) -> str:
 def parse(code: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes, say: they parse
+            warnings.simplefilter("ignore")  # code with odd escapes parses, with a warning
             return ast.parse(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
 
 
 def parses(code: str) -> bool:
-    """Tell whether `code` is at least one statement of this interpreter's Python."""
+    """Return whether `code` is at least one statement of this interpreter's Python."""
     module = parse(code)
     return bool(module and module.body)
 
@@ -68,7 +65,7 @@ def imported(code: str) -> set[str]:
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return the F-measure of the longest common subsequence of words (Lin, 2004), of each."""
+    """Return each pair's F-measure of the longest common subsequence of words (Lin, 2004)."""
     from rouge_score.rouge_scorer import RougeScorer  # slow to import
 
     scorer = RougeScorer(["rougeL"])
@@ -76,20 +73,20 @@ def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:
             for reference, answer in zip(references, answers, strict=True)]
 
 
-def tell(prediction: CodePrediction) -> list[str]:
+def tell(prediction: TextPrediction) -> list[str]:
     """Return an answer's code, and a line on its length and form."""
     code = strip_fences(prediction.generated)
     return [code, f"({prediction.tokens} tokens{'' if prediction.ended else ', cut off'}; "
                   f"{'parses' if parses(code) else 'does not parse'} as Python)"]
 
 
-def summarize(outputs: Sequence[str], predictions: Sequence[CodePrediction]) -> dict[str, Any]:
-    """Compare answers with the right ones, code with code; figures with their 95 % intervals.
+def summarize(outputs: Sequence[str], predictions: Sequence[TextPrediction]) -> dict[str, Any]:
+    """Compare generated code with the right code; return scores with 95 % intervals.
 
-    `perplexity` and `loss` (nats a token) are of the right answers; BLEU (Papineni et al., 2002)
-    and chrF (Popović, 2015) are the corpus's, in percent, by sacrebleu; the others are means.
-    `tokens` are of whole answers with their fences. The intervals are the bootstrap's, over the
-    examples: percentiles, or sacrebleu's mean ± half their distance.
+    `perplexity` and `loss` (nats a token) are of the right answers. sacrebleu computes BLEU
+    (Papineni et al., 2002) and chrF (Popović, 2015) over the corpus, in percent; the others are
+    means. `tokens` counts whole answers with their fences. The intervals come from the bootstrap
+    over the examples: percentiles, or sacrebleu's mean ± half their distance.
     """
     references = [strip_fences(output) for output in outputs]
     answers = [strip_fences(prediction.generated) for prediction in predictions]
@@ -118,14 +115,14 @@ def summarize(outputs: Sequence[str], predictions: Sequence[CodePrediction]) -> 
 
 
 def same(code: str, other: str) -> bool:
-    """Tell whether two answers differ in nothing but white space at the ends, of lines too."""
+    """Return whether two answers are equal but for white space at their ends and those of lines."""
     mine, theirs = ("\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
                     for text in (code, other))
     return mine == theirs
 
 
 def bootstrap(n: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    """Return the percentile interval of a statistic of `n` examples (Efron, 1979).
+    """Return the 95 % percentile interval of a statistic of `n` examples (Efron, 1979).
 
     `statistic` takes indices (resamples, n) and returns a value for each resample.
     """
@@ -137,12 +134,12 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[fl
 def corpus_scores(
     references: Sequence[str], answers: Sequence[str]
 ) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Return BLEU and chrF, each with sacrebleu's own bootstrap interval."""
+    """Return BLEU and chrF, each with sacrebleu's bootstrap interval."""
     from sacrebleu.metrics import BLEU, CHRF  # slow to import
     from sacrebleu.significance import PairedTest
 
-    # With one system it compares nothing. `corpus_score(n_bootstrap=...)` cannot average scores of
-    # which some are exactly zero, as those of an untrained model are.
+    # With one system the test compares nothing but gives intervals. `corpus_score(n_bootstrap=...)`
+    # fails where some resampled scores are exactly zero, as an untrained model's are.
     metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
     test = PairedTest([("answers", answers)], metrics, [references], "bs", RESAMPLES)
     _, found = test()
@@ -163,8 +160,14 @@ def describe(results: Mapping[str, Any]) -> str:
     )
 
 
+def explain_references(results: Mapping[str, Any]) -> str:
+    return (f"Of the {results['n']} right answers {results['references_parse']:.1%} parse; they "
+            f"have {results['reference_tokens']:.0f} tokens on average. Perplexity is of the right "
+            "answers, every other score of the generated ones.")
+
+
 def columns(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of a table that tell the results of one checkpoint."""
+    """Return the cells of a table that show the results of one checkpoint, by title."""
     low, high = results["interval_95"]["perplexity"]
     return {
         "perplexity": f"{results['perplexity']:.2f}", "95 % interval": f"{low:.2f} to {high:.2f}",
@@ -175,7 +178,7 @@ def columns(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def facts(outputs: Sequence[str]) -> dict[str, str]:
-    """Return the share of answers that parse, and the modules that most of them import."""
+    """Return the shares of fenced and of parsing answers, and the ten most imported modules."""
     answers = [strip_fences(output) for output in outputs]
     modules = Counter(name for code in answers for name in imported(code))
     return {

@@ -1,4 +1,4 @@
-"""Programming questions with answers in Python, in splits that share no answer."""
+"""Programming questions with answers in Python; no two splits share an answer."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,24 @@ from typing import Any
 from tasks import code_scores
 from tasks.base import Task
 from tasks.code_scores import strip_fences
-from tasks.scores import Completion
 from tasks.sources import SPLITS, Record, has_splits, read_records, read_rows
 
 FIELDS = ("instruction", "input", "output")
 
 
 def read_split(dataset: str, split: str) -> list[Record]:
-    """Return the records of a split: `question`, `output` and the fields that made them.
+    """Return the records of a split: `question`, `output` and the fields of the row.
 
     A folder with train, validation and test files keeps its splits. Any other data set is split
-    80/10/10 by answer, the same in every run. Either way no answer is in two splits.
+    80/10/10 by answer, the same way in every run. Either way no answer is in two splits.
 
-    Raises ValueError for rows of another form and for splits that share an answer.
+    Raises ValueError for rows with other fields and for splits that share an answer.
     """
     return _splits(dataset)[split]
 
 
 def census(dataset: str) -> dict[str, int]:
-    """Return how many rows a data set has, and what became of them."""
+    """Return the number of rows in a data set, of those dropped and of those kept."""
     rows = ([row for split in SPLITS for row in read_records(dataset, split)]
             if has_splits(dataset) else read_rows(dataset))
     filled = [tuple(row[field] for field in FIELDS) for row in rows if not _blank(row)]
@@ -47,15 +46,15 @@ def _splits(dataset: str) -> dict[str, list[Record]]:
     else:
         splits = split_by_answer(prepare(read_rows(dataset), dataset))
     if empty := [split for split in SPLITS if not splits[split]]:
-        raise ValueError(f"{dataset}: the {empty[0]} split is empty; without split files it takes "
-                         "ten rows with different answers")
+        raise ValueError(f"{dataset}: the {empty[0]} split is empty; a data set without "
+                         "split files needs ten rows with different answers")
     return splits
 
 
 def prepare(rows: Sequence[Any], where: str) -> list[Record]:
     """Return each row once, with its `question` and without `text`, which holds the answer.
 
-    Rows without an instruction or an answer are left out: there is nothing to learn from them.
+    Skips rows without an instruction or an answer: they teach nothing.
     """
     records = {}
     for number, row in enumerate(rows, 1):
@@ -79,7 +78,7 @@ def question(record: Record) -> str:
 
 
 def answer_key(output: str) -> str:
-    """Return what two answers have in common that differ in white space or fences alone."""
+    """Return `output` without white space and fences: equal for answers that differ only there."""
     return "".join(strip_fences(output).replace("`", "").split())
 
 
@@ -99,6 +98,7 @@ def split_by_answer(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def refuse_leaks(splits: Mapping[str, Sequence[Record]], where: str) -> None:
+    """Raise ValueError if two splits share an answer."""
     seen: dict[str, str] = {}
     for split, records in splits.items():
         for record in records:
@@ -106,14 +106,14 @@ def refuse_leaks(splits: Mapping[str, Sequence[Record]], where: str) -> None:
             if other != split:
                 raise ValueError(
                     f"{where}: the answer to {record['question']!r:.60} is in {other} and in "
-                    f"{split}; without split files the data is split by answer")
+                    f"{split}; put all rows into one file to have them split by answer")
 
 
 class PythonCodesTask(Task):
     """Answer a question about programming with Python code.
 
-    The data set's own `text` field holds the answer: it is dropped where the rows are read.
-    Code fences are trained on, and stripped before an answer is scored.
+    Reading drops the data set's `text` field, because it holds the answer. The model learns to
+    write code fences; scoring strips them.
     """
 
     name = "python_codes"
@@ -126,17 +126,13 @@ class PythonCodesTask(Task):
     answer_tokens = 256
     likelihood = True
     headline = "perplexity"
+    metrics = code_scores.METRICS
 
     def read(self, dataset: str, split: str) -> list[Record]:
         return read_split(dataset, split)
 
     def answer(self, record: Record) -> str:
         return f"\n{record['output'].strip()}"
-
-    def judge(self, completion: Completion) -> code_scores.CodePrediction:
-        return code_scores.CodePrediction(
-            completion.text, completion.tokens, completion.ended, completion.reference_nats,
-            completion.reference_tokens)
 
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
         return code_scores.summarize([record["output"] for record in records], predictions)
@@ -147,7 +143,15 @@ class PythonCodesTask(Task):
     def facts(self, records: Sequence[Record]) -> dict[str, str]:
         return code_scores.facts([record["output"] for record in records])
 
+    def display(self, answer: str) -> str:
+        return strip_fences(answer)
+
+    def explain_scores(self) -> str:
+        return (f"{super().explain_scores()} The bootstrap gives these intervals. Scores compare "
+                "code without its fences; generated code is never executed.")
+
     census = staticmethod(census)
     tell = staticmethod(code_scores.tell)
     describe = staticmethod(code_scores.describe)
     columns = staticmethod(code_scores.columns)
+    explain_references = staticmethod(code_scores.explain_references)

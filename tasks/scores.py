@@ -1,4 +1,4 @@
-"""From predictions to numbers: accuracy with its interval, what was said, and how to show it."""
+"""Predictions, their scores with 95 % intervals, and the tables that show them."""
 
 import math
 import operator
@@ -6,27 +6,48 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Beside these results stand the counts of the label words.
+# The counts of the label words stand beside these results, so no label may have their names.
 RESERVED = {"accuracy", "n", "interval_95", "garbage", "confusion", "constrained_accuracy"}
 
 
 class Completion(NamedTuple):
-    """What the model said to one prompt, and how likely it found what it might have said."""
+    """The model's continuation of one prompt, and the log-probabilities a task asks for."""
 
     text: str
     tokens: int
-    ended: bool  # by itself, before the longest answer that was allowed
+    ended: bool  # with end-of-text; False if the limit of tokens cut it off
     choice_logprobs: list[float]  # of each choice's first token, in nats, among all tokens
-    reference_nats: float  # of the right answer, if that was asked
+    reference_nats: float  # of the right answer, if the task scores its likelihood
     reference_tokens: int
 
 
 class Prediction(NamedTuple):
-    """What the model said to one prompt: its words, their label (-1 is garbage), the odds."""
+    """The answer to one prompt of a classification: its text, its label, the label words' odds."""
 
     generated: str
-    label: int
+    label: int  # -1 is garbage
     label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
+
+
+class TextPrediction(NamedTuple):
+    """A long answer, and how likely the model finds the right one."""
+
+    generated: str
+    tokens: int
+    ended: bool  # with end-of-text; False if the limit of tokens cut it off
+    reference_nats: float  # of the right answer with its end-of-text, as far as it fits
+    reference_tokens: int
+
+
+class Metric(NamedTuple):
+    """How a table shows one of the results."""
+
+    title: str
+    factor: float = 1  # 100 shows a share in percent
+    digits: int = 2  # after the decimal point
+
+    def show(self, value: float) -> str:
+        return f"{self.factor * value:.{self.digits}f}"
 
 
 def wilson_interval(right: float, n: int) -> tuple[float, float]:
@@ -43,8 +64,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return accuracy and counts; garbage is wrong. `confusion` is [truth][predicted word].
 
-    `constrained_accuracy` answers another question: which label word does the model find
-    likelier, whatever it would have said?
+    `constrained_accuracy` takes the likeliest label word as the answer, whatever the model
+    generated.
     """
     guesses = [prediction.label for prediction in predictions]
     likelier = [row.index(max(row)) for row in (guess.label_logprobs for guess in predictions)]
@@ -80,7 +101,7 @@ def answer_words(results: Mapping[str, Any]) -> list[str]:
 
 
 def columns(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of `table` that tell the results of one checkpoint."""
+    """Return the cells of `table` that show the results of one checkpoint, by title."""
     low, high = results["interval_95"]
     return {
         "test accuracy": f"{results['accuracy']:.4f}",

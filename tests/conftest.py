@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported; one test undoes it
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models a second thread only waits
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch loads: tests share the cores
 
 import pytest
 import torch

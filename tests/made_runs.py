@@ -1,4 +1,4 @@
-"""Folders as finished runs leave them, for the tests of the report."""
+"""Write folders like those of finished runs, for the tests of the report."""
 
 import json
 import re
@@ -9,17 +9,18 @@ from typing import Any
 from checkpoints.files import write_json
 from experiments.jobs import Job
 from experiments.results import Row
+from runtime.run_folder import FINISHED_FILE
 from train import TrainConfig
 
 
 def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Job:
-    """Leave what a run leaves that told `right` reviews right: a 1 or 0 for each."""
+    """Write a run whose best checkpoint is right where `right` has a 1; the last is never right."""
     hits = [mark == "1" for mark in right]
-    for name, told in (("best", hits), ("last", [False] * len(hits))):
-        accuracy = sum(told) / len(told)
+    for name, judged in (("best", hits), ("last", [False] * len(hits))):
+        accuracy = sum(judged) / len(judged)
         write_json(folder / name / "results.json", {
-            "accuracy": accuracy, "n": len(told), "garbage": len(told) - sum(told)})
-        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1} for hit in told]
+            "accuracy": accuracy, "n": len(judged), "garbage": len(judged) - sum(judged)})
+        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1} for hit in judged]
         (folder / name / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "best" / "adapter_model.safetensors").write_bytes(b"0" * 2_500_000)
     write_json(folder / "config.json", {
@@ -33,11 +34,12 @@ def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Jo
              {"iteration": 80, "validation_loss": loss + 1, "validation_accuracy": 0.4,
               "memory_mib": 1024}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Job(folder.name, "train.py", settings, folder, "last/results.json")
+    write_json(folder / FINISHED_FILE, {"iteration": 80})
+    return Job(folder.name, "train.py", settings, folder)
 
 
 def missing(folder: Path) -> Job:
-    return Job(folder.name, "train.py", {}, folder, "last/results.json")
+    return Job(folder.name, "train.py", {}, folder)
 
 
 def row(label: str, *jobs: Job, errors: dict[str, str] | None = None, **changes: Any) -> Row:
@@ -46,5 +48,6 @@ def row(label: str, *jobs: Job, errors: dict[str, str] | None = None, **changes:
 
 
 def cells(lines: list[str]) -> list[list[str]]:
+    """Return the cells of the Markdown tables in `lines`."""
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             for line in lines if line.startswith("|") and not line.startswith("|--")]

@@ -1,32 +1,37 @@
 """What a model says is scored as defined, from checkpoints that are what was saved."""
 
 import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from made_models import POSITIVE, assert_same, make_sampler, shaken, stubborn
+from made_models import POSITIVE, assert_same, loader_of, make_sampler, shaken, stubborn
 
 import generate
 from checkpoints.files import read_json, write_json
 from checkpoints.peft_format import save_adapter
 from configurator import configure, run_script
-from dataloader import SentimentTask
-from generate import GenerateConfig, ModelSampler, make_loader, results_suffix, score
+from dataloader import SentimentTask, make_loader
+from generate import (
+    GenerateConfig,
+    ModelSampler,
+    ModelSettings,
+    predict_labels,
+    resolve_question,
+    results_suffix,
+    score,
+)
 from lora import lora_layers
 from methods.build import build_model, load_checkpoint
 from model import GPT
 from tasks.scores import Prediction, summarize
 
 CPU = torch.device("cpu")
-SETTINGS = {
-    "task": "sentiment", "dataset": "rotten_tomatoes", "prompt": "terse", "block_size": 0,
-    "train_size": 0, "test_size": 0, "seed": 0,
-    "lora_rank": 2, "lora_alpha": 3.0, "lora_dropout": 0.0, "lora_qkv": "split",
-    "lora_targets": "c_attn, mlp.c_fc", "dropout": 0.0, "init_from": "gpt2-mini",
-    "dtype": "float32",
-}
+SETTINGS = ModelSettings(
+    init_from="gpt2-mini", dataset="rotten_tomatoes", prompt="terse", train_size=0, seed=0,
+    lora_rank=2, lora_alpha=3.0, lora_dropout=0.0, lora_targets="c_attn, mlp.c_fc")
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -55,9 +60,29 @@ def test_score_writes_what_it_returns(model: GPT, tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*"))) == 3
 
 
+def test_predict_labels_follows_the_data_set_and_keeps_garbage(model: GPT, reviews: str) -> None:
+    sampler = make_sampler(model, reviews)
+    records = sampler.loader.records("test")
+    labels = predict_labels(records, sampler)
+    assert labels == [prediction.label for prediction in sampler.predict(records)]
+    assert set(labels) > {-1}
+    assert predict_labels(records[::-1], sampler) == labels[::-1]
+    assert predict_labels(records, make_sampler(stubborn(model, 11), reviews)) == [-1] * 12
+
+
+def test_predict_labels_refuses_a_task_without_labels(model: GPT, questions: str) -> None:
+    sampler = ModelSampler(model, loader_of(questions))
+    with pytest.raises(ValueError, match="task='python_codes' has no labels"):
+        predict_labels(sampler.loader.records("test"), sampler)
+
+
 def suffix(*arguments: str) -> str:
-    settings = SETTINGS | {"test_size": 3}
-    return results_suffix(configure(GenerateConfig, list(arguments)), settings, 5)
+    settings, config = replace(SETTINGS, test_size=3), configure(GenerateConfig, list(arguments))
+    plain = GenerateConfig(task=config.task, split=config.split)
+    own = resolve_question(plain, settings, "float32")
+    question = resolve_question(config, settings, "float32")
+    return results_suffix(replace(question, max_new_tokens=question.max_new_tokens or 5),
+                          replace(own, max_new_tokens=5), settings.task)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +131,7 @@ def test_name_of_a_long_prompt_fits_a_file_system() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_load_on_their_base(checkpoint: str, tmp_path: Path, dtype: torch.dtype) -> None:
-    settings = SETTINGS | {"init_from": checkpoint}
+    settings = replace(SETTINGS, init_from=checkpoint)
     trained = build_model(checkpoint, settings, CPU, torch.float32)
     for layer in lora_layers(trained).values():
         torch.nn.init.normal_(layer.lora_B)
@@ -120,7 +145,7 @@ def test_adapters_load_on_their_base(checkpoint: str, tmp_path: Path, dtype: tor
 
 
 def test_all_weights_load_without_their_base(checkpoint: str, tmp_path: Path) -> None:
-    settings = SETTINGS | {"init_from": "no/longer/there", "lora_rank": 0}
+    settings = replace(SETTINGS, init_from="no/longer/there", lora_rank=0)
     trained = shaken(build_model(checkpoint, settings, CPU, torch.float32))
     trained.save_pretrained(tmp_path)
     loaded = load_checkpoint(tmp_path, settings, CPU, torch.float32)
@@ -166,16 +191,16 @@ def test_one_text_is_labelled_and_nothing_is_written(
 def test_best_and_last_of_a_run_are_scored_with_its_own_settings(
     checkpoint: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = SETTINGS | {"init_from": checkpoint, "dataset": reviews, "block_size": 64}
+    settings = replace(SETTINGS, init_from=checkpoint, dataset=reviews, block_size=64)
     write_json(tmp_path / "config.json",
-               {"settings": settings, "device": "cpu", "dtype": "float32"})
+               {"settings": asdict(settings), "device": "cpu", "dtype": "float32"})
     for name in ("best", "last"):
         adapted = build_model(checkpoint, settings, CPU, torch.float32)
         for layer in lora_layers(adapted).values():
             torch.nn.init.normal_(layer.lora_B)
         save_adapter(adapted, tmp_path / name, checkpoint)
         run(f"out_dir={tmp_path}", f"checkpoint={name}", "dtype=auto")
-        sampler = ModelSampler(adapted, make_loader(settings, adapted))
+        sampler = ModelSampler(adapted, make_loader(settings, adapted.config))
         expected = sampler.predict(sampler.loader.records("test"))
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         found = [Prediction(*list(json.loads(line).values())[2:]) for line in lines]
@@ -212,6 +237,6 @@ def test_folder_without_a_run_is_one_line_and_exit_code_2(
 
 def test_block_longer_than_the_model_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match=r"block_size=129, but the model has 128$"):
-        make_loader(SETTINGS | {"block_size": 129}, model)
-    assert make_loader(SETTINGS, model).block_size == 128
-    assert make_loader(SETTINGS | {"block_size": 64}, model).block_size == 64
+        make_loader(replace(SETTINGS, block_size=129), model.config)
+    assert make_loader(SETTINGS, model.config).block_size == 128
+    assert make_loader(replace(SETTINGS, block_size=64), model.config).block_size == 64

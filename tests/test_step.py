@@ -1,13 +1,13 @@
 """The training step is exact, whatever its batches and wherever its prefix runs."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from generate import make_loader
+from dataloader import make_loader
 from lora import lora_layers, lora_state_dict
 from methods.build import build_model
 from model import GPT, IGNORE
@@ -21,7 +21,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 def fresh_model(config: TrainConfig) -> GPT:
     """A model whose adapters have a B, so that gradients reach A."""
     torch.manual_seed(0)
-    model = build_model(config.init_from, asdict(config), CPU, torch.float32)
+    model = build_model(config.init_from, config, CPU, torch.float32)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model.train()
@@ -35,7 +35,7 @@ def test_one_by_eight_equals_four_by_two(config: TrainConfig, rank: int) -> None
     for batch_size in (1, 4, 3, 8):  # 3: batches of 3, 3 and 2, so of unequal weight
         model = fresh_model(config)
         trained = [p for p in model.parameters() if p.requires_grad]
-        window = make_loader(asdict(config), model).window(2, 8, batch_size)
+        window = make_loader(config, model.config).window(2, 8, batch_size)
         optimizer = torch.optim.SGD(trained, lr=1.0)
         losses.append(train_step(model, window, optimizer, NO_SCALER, 0.0, torch.float32))
         states.append(model.state_dict())
@@ -53,7 +53,7 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B)
     trained = [p for p in model.parameters() if p.requires_grad]
-    batches = make_loader(asdict(config), model).window(0, 8, 3)
+    batches = make_loader(config, model.config).window(0, 8, 3)
     prefix = SharedPrefix(model, batches[0].prefix)
     losses = [model(batch.inputs, batch.targets, prefix.past)[1] for batch in batches]
     for loss in losses:
@@ -69,7 +69,7 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
 
 def test_prefix_that_no_adapter_acts_on_has_nothing_to_differentiate(config: TrainConfig) -> None:
     model = fresh_model(config).requires_grad_(False)
-    prefix = SharedPrefix(model, make_loader(asdict(config), model).window(0, 8, 8)[0].prefix)
+    prefix = SharedPrefix(model, make_loader(config, model.config).window(0, 8, 8)[0].prefix)
     assert prefix.past
     assert not any(tensor.requires_grad for pair in prefix.past for tensor in pair)
     prefix.backward()
@@ -79,7 +79,7 @@ def test_prefix_that_no_adapter_acts_on_has_nothing_to_differentiate(config: Tra
 def test_step_moves_only_the_adapters(config: TrainConfig) -> None:
     model = fresh_model(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    window = make_loader(asdict(config), model).window(0, 8, 4)
+    window = make_loader(config, model.config).window(0, 8, 4)
     train_step(model, window, configure_optimizer(model, config), NO_SCALER, 1.0, torch.float32)
     moved = {name for name, tensor in model.state_dict().items()
              if not torch.equal(tensor, before[name])}
@@ -94,7 +94,7 @@ def test_only_what_is_trained_goes_over_the_wire(
     monkeypatch.setattr("runtime.processes.dist.is_initialized", lambda: True)
     monkeypatch.setattr("runtime.processes.dist.all_reduce", lambda flat: sent.append(flat.numel()))
     model = fresh_model(config)
-    window = make_loader(asdict(config), model).window(0, 8, 4)
+    window = make_loader(config, model.config).window(0, 8, 4)
     train_step(model, window, configure_optimizer(model, config), NO_SCALER, 0.0, torch.float32)
     losses, trained = len(window), sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sent == [losses + trained]
@@ -111,7 +111,7 @@ def test_gradient_clipping_bounds_the_step(config: TrainConfig) -> None:
         before = lora_state_dict(model)
         before = {name: tensor.clone() for name, tensor in before.items()}
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        window = make_loader(asdict(config), model).window(0, 8, 4)
+        window = make_loader(config, model.config).window(0, 8, 4)
         train_step(model, window, optimizer, NO_SCALER, grad_clip, torch.float32)
         after = lora_state_dict(model)
         return math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in before))
@@ -125,7 +125,7 @@ def test_non_finite_loss_stops_before_any_weight_moves(config: TrainConfig) -> N
     with torch.no_grad():
         lora_layers(model)["transformer.h.0.attn.c_attn"].lora_B.fill_(math.inf)
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
-    window = make_loader(asdict(config), model).window(0, 8, 4)
+    window = make_loader(config, model.config).window(0, 8, 4)
     with pytest.raises(FloatingPointError, match="the loss of batch 1 of 2 is nan"):
         train_step(model, window, configure_optimizer(model, config), NO_SCALER, 1.0, torch.float32)
     torch.testing.assert_close(lora_state_dict(model), before, rtol=0, atol=0)
@@ -133,7 +133,7 @@ def test_non_finite_loss_stops_before_any_weight_moves(config: TrainConfig) -> N
 
 def test_validation_loss_is_the_mean_over_supervised_tokens(config: TrainConfig) -> None:
     model = fresh_model(config)
-    loader = make_loader(asdict(config), model)
+    loader = make_loader(config, model.config)
     records = loader.records("validation")
     model.eval()
     singly = [model(batch.inputs, batch.targets, model.prefill(batch.prefix))[1]
@@ -153,7 +153,7 @@ def test_compiled_blocks_train_like_the_plain_ones(config: TrainConfig) -> None:
         if compiled:
             for block in model.transformer.h:
                 block.compile(dynamic=True)
-        optimizer, loader = configure_optimizer(model, config), make_loader(asdict(config), model)
+        optimizer, loader = configure_optimizer(model, config), make_loader(config, model.config)
         losses.append([train_step(model, loader.window(i, 8, 4), optimizer, NO_SCALER, 1.0,
                                   torch.float32) for i in range(3)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

@@ -1,6 +1,6 @@
 """The baselines compute what ours computes: same loss, same gradients, same answers."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from peft import set_peft_model_state_dict
 
 from bench.rivals import NEW_TOKENS, HandoutStyle, PeftStyle, padded
 from checkpoints.peft_format import peft_state_dict
-from generate import ModelSampler, make_loader
+from dataloader import make_loader
+from generate import ModelSampler
 from lora import lora_layers
 from methods.build import build_model
 from model import IGNORE
@@ -19,10 +20,10 @@ CPU = torch.device("cpu")
 
 def contenders(config: TrainConfig) -> tuple:
     """Ours, the handout's and PEFT's model with equal adapters that do something; the data."""
-    settings = asdict(replace(config, lora_dropout=0.0))
-    ours = build_model(config.init_from, settings, CPU, torch.float32)
-    loader = make_loader(settings, ours)
-    handout, peft = (cls(config.init_from, settings, CPU)
+    config = replace(config, lora_dropout=0.0)
+    ours = build_model(config.init_from, config, CPU, torch.float32)
+    loader = make_loader(config, ours.config)
+    handout, peft = (cls(config.init_from, config, CPU)
                      for cls in (HandoutStyle, PeftStyle))
     for layer in lora_layers(ours).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)

@@ -3,29 +3,28 @@
 import os
 import random
 import signal
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.worker import Contender, Way, Worker, random_checkpoint, spread
-from dataloader import SentimentTask
-from generate import ModelSampler, make_loader
+from dataloader import SentimentTask, make_loader
+from generate import ModelSampler
 from model import GPT
 from models.tokenizer import get_tokenizer
 from train import TrainConfig
 
 
 @pytest.fixture
-def settings(reviews: str) -> dict[str, Any]:
-    return asdict(TrainConfig(dataset=reviews, device="cpu", dtype="float32", lora_rank=4))
+def settings(reviews: str) -> TrainConfig:
+    return TrainConfig(dataset=reviews, device="cpu", dtype="float32", lora_rank=4)
 
 
-def test_random_model_answers_as_a_fine_tuned_one(settings: dict[str, Any]) -> None:
+def test_random_model_answers_as_a_fine_tuned_one(settings: TrainConfig) -> None:
     with random_checkpoint("gpt2-mini", seed=0) as folder:
         model = GPT.from_pretrained(folder)
-        loader = make_loader(settings, model)
+        loader = make_loader(settings, model.config)
         answers = ModelSampler(model, loader).predict(loader.records("test"))
     assert {answer.generated for answer in answers} == {" positive"}
     idx = torch.tensor([get_tokenizer().encode_ordinary("Label: positive")])
@@ -43,7 +42,7 @@ def test_reviews_drawn_are_spread_over_all_lengths() -> None:
 
 @pytest.mark.parametrize("way", ["ours", "handout", "peft"])
 def test_worker_trains_scores_and_tells_time_memory_and_size(
-    way: Way, settings: dict[str, Any], reviews: str
+    way: Way, settings: TrainConfig, reviews: str
 ) -> None:
     records = SentimentTask().read(reviews, "test")[:3]
     with random_checkpoint("gpt2-mini", seed=0) as folder:
@@ -60,14 +59,15 @@ def test_worker_trains_scores_and_tells_time_memory_and_size(
     assert size > adapters
 
 
-def test_worker_that_dies_is_one_clear_error(settings: dict[str, Any]) -> None:
+def test_worker_that_dies_is_one_clear_error(settings: TrainConfig) -> None:
+    broken = replace(settings, dtype="wrong")
     with random_checkpoint("gpt2-mini", seed=0) as folder:
-        worker = Worker(Contender("ours", "float32", 1, 1), folder, settings | {"dtype": "wrong"})
+        worker = Worker(Contender("ours", "float32", 1, 1), folder, broken)
         with pytest.raises(OSError, match=r"ours.float32: its process died with exit code 1"):
             worker.ask("train", [])
 
 
-def test_interrupt_is_the_parents_alone(settings: dict[str, Any]) -> None:
+def test_interrupt_is_the_parents_alone(settings: TrainConfig) -> None:
     before = signal.getsignal(signal.SIGINT)
     with random_checkpoint("gpt2-mini", seed=0) as folder:
         worker = Worker(Contender("ours", "float32", 1, 1), folder, settings)

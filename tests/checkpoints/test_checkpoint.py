@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from checkpoints.files import atomic_write, read_json, read_tensors, write_json, write_tensors
 from checkpoints.hub_format import CONFIG, HUB_FIELDS, WEIGHTS
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
-from lora import lora_layers
+from lora import adapt, lora_layers
 from model import GPT, LORA_TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +216,18 @@ def test_saved_adapter_loads_in_peft(
     assert (adapted - plain).abs().max() > 0.1
     close(model(IDX)[0], adapted)
     close(model.eval()(IDX)[0], adapted)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rank_stabilized_adapter_loads_in_peft(base: Path, tmp_path: Path, groups: int) -> None:
+    model = GPT.from_pretrained(str(base))
+    adapt(model, ["c_attn"], rank=4, alpha=6.0, groups=groups, rank_stabilized=True)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    reference = GPT2LMHeadModel.from_pretrained(base)
+    close(PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()(IDX).logits,
+          model(IDX)[0])
 
 
 @pytest.mark.parametrize("qkv", ["split", "shared"])

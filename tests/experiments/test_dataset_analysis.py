@@ -1,29 +1,38 @@
-"""The analysis counts what the loader really does with a data set."""
+"""The analysis counts the examples, labels and cuts of a loader."""
 
 from pathlib import Path
 
 import pytest
 from made_models import loader_of
+from matplotlib.image import imread
 
 from experiments import dataset_analysis
 from experiments.dataset_analysis import AnalysisConfig
 
 
-def test_analysis_tells_rows_lengths_cuts_and_imports(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+def test_analysis_shows_rows_lengths_cuts_and_imports(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn = []
+    draw = dataset_analysis.length_histograms
+    monkeypatch.setattr(dataset_analysis, "length_histograms",
+                        lambda *lengths: drawn.append(draw(*lengths)) or drawn[-1])
     settings = AnalysisConfig("python_codes", "python_codes_mini", block_size=256,
                               out_dir=str(tmp_path))
     dataset_analysis.main(settings)
-    told = capsys.readouterr().out
-    assert "python_codes_mini: rows 252, without instruction or answer 0, duplicates 0" in told
+    shown = capsys.readouterr().out
+    assert "python_codes_mini: rows 252, without instruction or answer 0, duplicates 0" in shown
     loader = loader_of("python_codes_mini", 256)
     assert loader.answers_cut > 0
-    row = next(line for line in told.splitlines() if line.split()[:1] == ["train"])
+    row = next(line for line in shown.splitlines() if line.split()[:1] == ["train"])
     assert row.split()[1] == "202"
     assert row.split()[-1] == str(loader.answers_cut)
-    assert "train: fenced 100.0%; parse 100.0%; imports " in told
-    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+    assert "train: fenced 100.0%; parse 100.0%; imports " in shown
+    (figure,) = drawn
+    for axes in figure.axes:
+        assert sum(bar.get_height() for bar in axes.patches) == 252
+    assert list(figure.axes[1].lines[0].get_xdata()) == [256, 256]
+    assert imread(tmp_path / "lengths.png").shape == (540, 1500, 4)
 
 
 def test_analysis_of_reviews_counts_labels(

@@ -94,12 +94,13 @@ def test_sweep_has_every_training_run_of_the_t4() -> None:
     assert (ROOT / sweep["program"]).is_file()
     assert sweep["method"] == "grid"
     assert sweep["metric"] == {"name": "validation_loss", "goal": "minimize"}
-    assert sweep["command"][:3] == ["${env}", "${interpreter}", "${program}"]
+    assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "experiments"]
     assert sweep["command"][-1] == "${args_no_hyphens}"
     ((parameter, grid),) = sweep["parameters"].items()
     assert grid.keys() == {"values"}
-    config = configure(ExperimentsConfig, [str(ROOT / sweep["command"][3]), *sweep["command"][4:-1],
-                                           f"{parameter}={','.join(grid['values'])}"])
+    config = configure(ExperimentsConfig, [
+        str(ROOT / sweep["command"][4]), *sweep["command"][5:-1],
+        f"{parameter}={','.join(grid['values'])}"])
     jobs = plan_jobs(config, plan(config))
     chosen = select(jobs_by_question(plan(config), jobs), config.only)
     assert [job.name for job in chosen] == grid["values"]

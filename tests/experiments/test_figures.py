@@ -1,6 +1,7 @@
-"""Figures show what they were given, with units, and can be told apart without colours."""
+"""Figures show their data with units, and distinguish lines without colours."""
 
 import numpy as np
+import pytest
 from matplotlib.colors import to_rgba
 
 from experiments.figures import (
@@ -25,7 +26,7 @@ def test_styles_differ_in_colour_and_in_marker() -> None:
     assert len(set(map(to_rgba, colours))) == len(set(markers)) == len(STYLES)
 
 
-def test_curve_is_the_mean_and_its_band_all_seeds() -> None:
+def test_curve_is_the_mean_and_its_band_the_range_of_the_seeds() -> None:
     figure = validation_curves([("three seeds", RUNS)])
     loss, accuracy = figure.axes
     (line,) = loss.lines
@@ -34,6 +35,7 @@ def test_curve_is_the_mean_and_its_band_all_seeds() -> None:
     assert (low, high) == (0.5, 3.0)
     assert accuracy.lines[0].get_xdata().tolist() == [0, 2, 4]
     assert "nats a token" in loss.get_ylabel()
+    assert accuracy.get_ylabel() == "validation accuracy (generated answers)"
     assert {axes.get_xlabel() for axes in figure.axes} == {"optimizer steps"}
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["three seeds"]
 
@@ -47,6 +49,21 @@ def test_dots_have_wilsons_interval_and_every_seed() -> None:
     shown = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"
              and line.get_markersize() == 12]
     assert [list(xs) for xs in shown] == [[0.7, 0.9], [0.5]]
+    assert axes.get_xlabel() == "test accuracy, best checkpoint"
+
+
+@pytest.mark.parametrize("n", [4, 853])
+def test_dots_at_zero_and_one_have_an_interval_on_one_side(n: int) -> None:
+    (axes,) = accuracy_dots([("never", [0.0], n), ("always", [1.0], n)]).axes
+    never, always = (container.lines[2][0].get_segments()[0][:, 0] for container in axes.containers)
+    assert never.tolist() == pytest.approx(wilson_interval(0, n))
+    assert always.tolist() == pytest.approx(wilson_interval(n, n))
+    assert (never[0], always[1]) == (0, 1)
+
+
+def test_more_series_than_styles_are_all_drawn() -> None:
+    loss, _ = validation_curves([(str(i), RUNS[:1]) for i in range(len(STYLES) + 1)]).axes
+    assert [line.get_label() for line in loss.lines] == ["0", "1", "2", "3", "4", "5", "6"]
 
 
 def test_heat_map_writes_each_loss_and_leaves_a_gap_for_a_failed_run() -> None:
@@ -54,7 +71,10 @@ def test_heat_map_writes_each_loss_and_leaves_a_gap_for_a_failed_run() -> None:
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["0.250", "–", "0.500", "1.000"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.004"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["16", "64"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "α (r = 16)")
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan),
+                                  [[0.25, np.nan], [0.5, 1.0]])
 
 
 def test_rates_are_sorted_on_a_logarithmic_axis() -> None:
@@ -67,9 +87,11 @@ def test_rates_are_sorted_on_a_logarithmic_axis() -> None:
     assert ticks == ["0.001", "0.004"]
 
 
-def test_lengths_are_counted_and_the_longest_sequence_is_marked_where_it_matters() -> None:
+def test_histograms_count_lengths_and_mark_the_limit_near_the_data() -> None:
     questions, answers = length_histograms([5, 5, 7], [90, 300, 300, 300], 256).axes
     assert sum(bar.get_height() for bar in questions.patches) == 3
     assert max(bar.get_height() for bar in answers.patches) == 3
     assert not questions.lines
     assert list(answers.lines[0].get_xdata()) == [256, 256]
+    assert [answers.get_xlabel(), answers.get_ylabel()] == ["tokens of an answer", "examples"]
+    assert questions.get_xlabel() == "tokens of a question"

@@ -1,4 +1,4 @@
-"""Processes: so many at once, none twice, their failures told, their work saved on the way out."""
+"""Jobs run in parallel, none twice; failures are reported, and a stopped run saves its state."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.jobs import STATE, Job, run_jobs, share_of_machine
+from checkpoints.trainer_state import STATE_FILE
+from experiments.jobs import Job, run_jobs, share_of_machine
+from runtime.run_folder import mark_finished
 
 # A stand-in for train.py: it notes its arguments and when it ran, and does as it is told.
 SCRIPT = """
@@ -55,7 +57,7 @@ def outcomes(jobs: list[Job], at_once: int = 1) -> dict[str, str]:
     return {done.name: error for done, error in run_jobs(jobs, at_once)}
 
 
-def test_every_job_is_run_and_each_failure_told(script: str) -> None:
+def test_every_job_is_run_and_each_failure_reported(script: str) -> None:
     jobs = [job(script, "good"), failing(script, "bad", "no such file"),
             job(script, "killed", die="yes"), job(script, "silent", silent="yes")]
     assert outcomes(jobs, 2) == {
@@ -77,9 +79,9 @@ def test_state_is_deleted_when_a_job_is_finished_and_kept_when_it_failed(script:
     jobs = [job(script, "good"), failing(script, "bad", "reason")]
     for each in jobs:
         each.folder.mkdir(exist_ok=True)
-        (each.folder / STATE).touch()
+        (each.folder / STATE_FILE).touch()
     outcomes(jobs)
-    assert [(each.folder / STATE).exists() for each in jobs] == [False, True]
+    assert [(each.folder / STATE_FILE).exists() for each in jobs] == [False, True]
 
 
 def test_state_of_a_job_that_was_stopped_after_its_last_result_is_deleted(script: str) -> None:
@@ -87,15 +89,15 @@ def test_state_of_a_job_that_was_stopped_after_its_last_result_is_deleted(script
     outcomes([done])
     for each in (done, half):
         each.folder.mkdir(exist_ok=True)
-        (each.folder / STATE).touch()
+        (each.folder / STATE_FILE).touch()
         each.tidy()
-    assert [(each.folder / STATE).exists() for each in (done, half)] == [False, True]
+    assert [(each.folder / STATE_FILE).exists() for each in (done, half)] == [False, True]
 
 
-def test_interrupted_job_goes_on_and_a_fresh_one_gets_its_settings(script: str) -> None:
+def test_interrupted_job_resumes_and_a_fresh_one_gets_its_settings(script: str) -> None:
     fresh, stopped = job(script, "fresh", lr=0.1), job(script, "stopped", lr=0.1)
     stopped.folder.mkdir()
-    (stopped.folder / STATE).touch()
+    (stopped.folder / STATE_FILE).touch()
     assert (fresh.interrupted, stopped.interrupted) == (False, True)
     outcomes([fresh, stopped])
     heard = {each.name: json.loads((each.folder / "started").read_text())[0]
@@ -104,7 +106,7 @@ def test_interrupted_job_goes_on_and_a_fresh_one_gets_its_settings(script: str) 
     assert heard["stopped"] == ["init_from=resume", f"out_dir={stopped.folder}"]
 
 
-def test_who_stops_early_stops_the_running_ones_and_lets_them_save(script: str) -> None:
+def test_closing_early_stops_the_running_jobs_after_they_saved(script: str) -> None:
     jobs = [job(script, "short"), job(script, "long", seconds=60),
             job(script, "never")]
     started = time.monotonic()
@@ -134,15 +136,15 @@ def test_log_keeps_what_a_job_said_last_time(script: str) -> None:
     assert each.log.read_text().count("error: reason") == 2
 
 
-def test_mark_tells_whether_the_result_is_whole(script: str) -> None:
-    each = job(script, "half")._replace(mark="accuracy")
-    each.folder.mkdir()
-    for content, finished in (("loss", False), ("loss, accuracy", True)):
-        (each.folder / "result.json").write_text(content)
-        assert each.finished is finished
+def test_training_run_is_finished_when_its_folder_says_so(tmp_path: Path) -> None:
+    each = Job("run", "train.py", {}, tmp_path)
+    (tmp_path / STATE_FILE).touch()
+    assert each.state == "interrupted"
+    mark_finished(tmp_path, 3)
+    assert each.state == "finished"
 
 
-def test_error_of_an_earlier_attempt_is_not_told_again(script: str) -> None:
+def test_error_of_an_earlier_attempt_is_not_reported_again(script: str) -> None:
     each = failing(script, "bad", "reason")
     assert outcomes([each]) == {"bad": "reason"}
     assert each.state == "failed: reason"
@@ -166,14 +168,17 @@ def test_job_of_two_processes_is_torchruns(script: str) -> None:
 
 def test_threads_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert share_of_machine(0, 1) == {}
-    assert share_of_machine(2, 3) == {"OMP_NUM_THREADS": "2"}
+    assert share_of_machine(2, 3) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     given = [share_of_machine(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert given == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert share_of_machine(1, 2) == {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "7"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert share_of_machine(1, 2) == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active",
+                                      "CUDA_VISIBLE_DEVICES": "7"}

@@ -1,16 +1,21 @@
-"""The plan holds the courses' questions, each kind of run under one name."""
+"""The plan holds the homework's questions; equal names mean equal runs."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from configurator import configure
+from dataloader import TASKS
 from experiments.__main__ import check, plan_jobs
 from experiments.plan import ALL_LINEAR, FACTORS, ExperimentsConfig, plan
+from tasks.base import ClassificationTask, Task
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ExperimentsConfig()
 QUESTIONS = plan(CONFIG)
+LORA = "r16_alpha64"
 
 
 def changes(question: str) -> list[dict]:
@@ -33,7 +38,29 @@ def test_grid_crosses_rates_with_alphas() -> None:
     assert len(changes("grid")) == 9
 
 
-def test_a_name_is_a_kind_of_run_and_a_kind_has_one_name() -> None:
+def test_names_of_runs_never_change_because_folders_bear_them() -> None:
+    names = {question: [variant.name for variant in rows] for question, rows in QUESTIONS.items()}
+    assert names == {
+        "shares": [],
+        "zero_shot": [f"zero_shot_{name}" for name in ("default", "terse", "detailed", "question")],
+        "curves": [LORA, "r128_alpha512", "r196_alpha784", "full"],
+        "alpha": [LORA, "r16_alpha256", "full"],
+        "prompts": [LORA, *(f"{LORA}_{name}" for name in ("terse", "detailed", "question"))],
+        "grid": [f"r16_alpha{alpha}{rate}" for alpha in (16, 64, 256)
+                 for rate in ("_rate0.25", "", "_rate4")],
+        "rates": [f"{LORA}_rate0.25", LORA, f"{LORA}_rate4", "full_rate0.25", "full",
+                  "full_rate4"],
+        "layers": [LORA, f"{LORA}_shared", f"{LORA}_attention", f"{LORA}_all"],
+    }
+    texts = plan(replace(CONFIG, task="python_codes"))
+    assert {question: [variant.name for variant in rows] for question, rows in texts.items()} == {
+        "shares": [],
+        "answers": ["zero_shot_default", "r8_alpha32", "r64_alpha256", "full"],
+        "targets": ["r64_alpha256", "r64_alpha256_attention", "r64_alpha256_all"],
+    }
+
+
+def test_equal_names_mean_equal_settings_and_the_reverse() -> None:
     kinds: dict[str, dict] = {}
     for question, variants in QUESTIONS.items():
         for variant in variants:
@@ -42,7 +69,7 @@ def test_a_name_is_a_kind_of_run_and_a_kind_has_one_name() -> None:
     assert len({json.dumps(kind, sort_keys=True) for kind in kinds.values()}) == len(kinds)
 
 
-def test_own_prompt_is_the_first_of_the_prompts() -> None:
+def test_prompt_of_the_command_line_comes_first() -> None:
     config = replace(CONFIG, prompt="Good or bad? {text}")
     questions = plan(config)
     assert [variant.label for variant in questions["prompts"]] == [
@@ -53,18 +80,27 @@ def test_own_prompt_is_the_first_of_the_prompts() -> None:
     assert len({job.folder for job in every}) == len(every)
 
 
-def test_long_answers_have_a_plan_of_their_own() -> None:
-    for name in ("mini", "t4"):
-        config = configure(ExperimentsConfig, [str(ROOT / f"config/experiments_codes_{name}.py")])
-        check(config)
-        questions = plan(config)
-        assert list(questions) == ["shares", "answers", "targets"]
-        assert [row.trains for row in questions["answers"]] == [False, True, True, True]
-        ranks = [row.changes.get("lora_rank") for row in questions["answers"]]
-        assert ranks == [None, 8, 64, 0]
-        targets = [row.changes.get("lora_targets") for row in questions["targets"]]
-        assert targets == [None, "c_attn,attn.c_proj", ALL_LINEAR]
-        jobs = plan_jobs(config, questions)
-        (base,) = jobs["zero_shot_default"]
-        assert base.settings["task"] == "python_codes"
-        assert len({job.folder for row in jobs.values() for job in row}) == 1 + 5 * config.seeds
+@pytest.mark.parametrize("name", ["mini", "t4"])
+def test_presets_of_long_answers_get_their_questions(name: str) -> None:
+    config = configure(ExperimentsConfig, [str(ROOT / f"config/experiments_codes_{name}.py")])
+    check(config)
+    questions = plan(config)
+    assert [row.trains for row in questions["answers"]] == [False, True, True, True]
+    ranks = [row.changes.get("lora_rank") for row in questions["answers"]]
+    assert ranks == [None, 8, 64, 0]
+    targets = [row.changes.get("lora_targets") for row in questions["targets"]]
+    assert targets == [None, "c_attn,attn.c_proj", ALL_LINEAR]
+    jobs = plan_jobs(config, questions)
+    (base,) = jobs["zero_shot_default"]
+    assert base.settings["task"] == "python_codes"
+    assert len({job.folder for row in jobs.values() for job in row}) == 1 + 5 * config.seeds
+
+
+@pytest.mark.parametrize(("parent", "like"), [
+    (ClassificationTask, "sentiment"), (Task, "python_codes")])
+def test_kind_of_answers_chooses_the_questions(
+    parent: type[Task], like: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = type("NewTask", (parent,), {"prompts": {"default": "{text}"}})
+    monkeypatch.setitem(TASKS, "new", task)
+    assert plan(replace(CONFIG, task="new")).keys() == plan(replace(CONFIG, task=like)).keys()

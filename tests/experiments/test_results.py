@@ -1,10 +1,12 @@
-"""A row holds what its runs left in their folders."""
+"""Rows read the scores in their runs' folders."""
 
 from pathlib import Path
 
 from made_runs import make_run
 
+from checkpoints.files import read_json, write_json
 from experiments.results import load_run, mean_and_deviation, plain
+from train import TrainConfig
 
 
 def test_mean_of_one_seed_has_no_deviation() -> None:
@@ -14,7 +16,17 @@ def test_mean_of_one_seed_has_no_deviation() -> None:
 
 def test_best_loss_is_the_lowest_after_the_start(tmp_path: Path) -> None:
     run = load_run(make_run(tmp_path / "run", "10", loss=9.5).folder)
-    assert run.validation_loss == 9.5  # step 0, at 9.0, is no candidate
+    assert run.validation_loss == 9.5  # not the 9.0 of step 0
+
+
+def test_run_of_an_older_version_has_the_defaults_of_settings_it_does_not_name(
+    tmp_path: Path
+) -> None:
+    job = make_run(tmp_path / "run", "10", batch_size=4)
+    about = read_json(job.folder / "config.json")
+    del about["settings"]["gradient_accumulation_steps"]
+    write_json(job.folder / "config.json", about)
+    assert load_run(job.folder).config == TrainConfig(batch_size=4)
 
 
 def test_any_text_fits_into_a_cell() -> None:

@@ -1,4 +1,4 @@
-"""The sections on long answers: means, intervals, and examples that no code in them can break."""
+"""The sections on long answers: means, intervals, and examples that no answer can break."""
 
 import json
 import re
@@ -10,35 +10,32 @@ from made_runs import cells, missing
 
 from checkpoints.files import write_json
 from experiments.jobs import Job
+from experiments.plan import ExperimentsConfig
 from experiments.report import write_report
 from experiments.results import Row
-from experiments.text_sections import (
-    EXAMPLES,
-    METRICS,
-    examples,
-    metrics_table,
-    preformatted,
-    results_of,
-)
-from tasks.code_scores import CodePrediction, summarize
+from experiments.text_sections import EXAMPLES, examples, metrics_table, preformatted, results_of
+from runtime.run_folder import FINISHED_FILE
+from tasks.code_scores import METRICS, summarize
+from tasks.python_code import PythonCodesTask
+from tasks.scores import Metric, TextPrediction
 from train import TrainConfig
 
 OUTPUTS = [f"```python\nx = {i}\n\nprint('<b>', x)\n```" for i in range(30)]
+TASK = PythonCodesTask()
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    config = TrainConfig(task="python_codes", init_from="gpt2-mini", dataset="mine")
-    object.__setattr__(config, "report_dir", str(tmp_path / "report"))
-    return config
+def config(tmp_path: Path) -> ExperimentsConfig:
+    return ExperimentsConfig(task="python_codes", init_from="gpt2-mini", dataset="mine",
+                             report_dir=str(tmp_path / "report"))
 
 
 def write_scores(folder: Path, generated: list[str], nats: float, suffix: str = "") -> None:
-    said = [CodePrediction(text, 5, True, nats, 2) for text in generated]
-    write_json(folder / f"results{suffix}.json", summarize(OUTPUTS, said))
+    predictions = [TextPrediction(text, 5, True, nats, 2) for text in generated]
+    write_json(folder / f"results{suffix}.json", summarize(OUTPUTS, predictions))
     rows = [{"question": f"<i>{i}</i> | `x`\n\n\ud83d a *b*", "reference": output,
              **prediction._asdict()}
-            for i, (output, prediction) in enumerate(zip(OUTPUTS, said, strict=True))]
+            for i, (output, prediction) in enumerate(zip(OUTPUTS, predictions, strict=True))]
     (folder / f"predictions{suffix}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -53,12 +50,13 @@ def trained(folder: Path, generated: list[str], nats: float) -> Job:
              {"iteration": 0, "train_loss": 9.0, "reviews_per_second": 64.0},
              {"iteration": 40, "validation_loss": nats / 2, "memory_mib": 64}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Job(folder.name, "train.py", {}, folder, "last/results.json")
+    write_json(folder / FINISHED_FILE, {"iteration": 80})
+    return Job(folder.name, "train.py", {}, folder)
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
-    """The untouched model, a variant of two seeds, and one that never ran."""
+    """The base model, a variant of two seeds, and one that has not run."""
     (tmp_path / "zero" / "zero_shot-x").mkdir(parents=True)
     write_scores(tmp_path / "zero" / "zero_shot-x", ["</pre><script>"] * 30, 8.0, "-mine")
     zero = Job("zero", "generate.py", {}, tmp_path / "zero", "zero_shot-*/results*.json")
@@ -69,8 +67,9 @@ def rows(tmp_path: Path) -> list[Row]:
 
 
 def test_table_has_means_of_the_seeds_and_of_their_intervals(rows: list[Row]) -> None:
-    titles, base, lora, later = cells(metrics_table(rows))
-    assert titles[3:] == [title for title, *_ in METRICS.values()]
+    titles, base, lora, later = cells(metrics_table(rows, METRICS))
+    assert titles[3:] == ["perplexity", "BLEU", "chrF", "ROUGE-L", "exact match, %", "parse, %",
+                          "ended by itself, %", "tokens"]
     assert base[1:4] == ["1", "", "54.60 (54.60 to 54.60)"]  # e^4: 8 nats for two tokens
     assert lora[1:3] == ["2", "1.500 ± 0.707"]
     assert lora[3].startswith("5.05 ± 3.30 (5.05 to 5.05)")  # of e^1 and e^2
@@ -80,8 +79,13 @@ def test_table_has_means_of_the_seeds_and_of_their_intervals(rows: list[Row]) ->
     assert f"({low:.1f} to {high:.1f})" in base[5]
 
 
+def test_score_without_an_interval_has_no_brackets(rows: list[Row]) -> None:
+    _, base, lora, _ = cells(metrics_table(rows, {"loss": Metric("loss, cents", 100, 0)}))
+    assert (base[3], lora[3]) == ("400", "150 ± 71")
+
+
 def test_examples_are_drawn_by_seed_and_each_stands_in_one_line(rows: list[Row]) -> None:
-    first, again, other = (examples(rows[:2], seed) for seed in (1, 1, 2))
+    first, again, other = (examples(rows[:2], TASK, seed) for seed in (1, 1, 2))
     assert first == again != other
     lines = [line for line in first if line.startswith("<tr><td>")]
     assert len(lines) == EXAMPLES == 10
@@ -93,12 +97,14 @@ def test_examples_are_drawn_by_seed_and_each_stands_in_one_line(rows: list[Row])
     assert all(line for line in first[first.index("<table>"):])  # a blank line would end it
 
 
-def test_report_tells_of_answers(rows: list[Row], config: TrainConfig) -> None:
+def test_report_shows_scores_examples_and_cost(
+    rows: list[Row], config: ExperimentsConfig
+) -> None:
     questions = {"shares": [], "answers": rows, "targets": rows[1:]}
     path = write_report(questions, config, "python -m experiments", ["answers", "targets"])
     text, page = path.read_text(), path.with_suffix(".html").read_text()
     assert "# LoRA on GPT-2: python codes" in text
-    assert "nothing that was generated is executed" in text
+    assert "generated code is never executed" in text
     assert "Of the 30 right answers 100.0% parse" in text
     assert text.count("<table>") == 1
     assert {"answers.png", "targets.png"} <= {file.name for file in path.parent.iterdir()}
@@ -107,6 +113,8 @@ def test_report_tells_of_answers(rows: list[Row], config: TrainConfig) -> None:
     assert "What does it cost?" in text
 
 
-def test_report_of_nothing_yet_is_written(rows: list[Row], config: TrainConfig) -> None:
+def test_report_without_finished_runs_is_written(
+    rows: list[Row], config: ExperimentsConfig
+) -> None:
     path = write_report({"answers": rows[2:]}, config, "python -m experiments", ["answers"])
     assert "0 of 1: to do" in path.read_text()

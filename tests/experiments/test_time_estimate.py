@@ -1,17 +1,17 @@
 """An estimate grows with the work, and learns from the runs that ended."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.flops import matrix_peak, useful_flops
-from checkpoints.files import write_json
 from experiments.jobs import Job
 from experiments.time_estimate import STARTUP, Estimate
 from model import GPTConfig
+from runtime.run_folder import mark_finished
 from train import TrainConfig
 
 
@@ -56,13 +56,10 @@ def test_finished_runs_correct_the_estimate(
 ) -> None:
     first = Estimate(config, 1, [])
     seconds = factor * first.training(job(tmp_path))
-    settings = asdict(config)
     reviews = config.max_iters * config.batch_size * config.gradient_accumulation_steps
-    facts = {"settings": settings, "device": "cpu", "dtype": "float32"}
-    write_json(tmp_path / "config.json", facts)
     line = {"iteration": 0, "reviews_per_second": reviews / seconds}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    write_json(tmp_path / "last" / "results.json", {})
+    mark_finished(tmp_path, config.max_iters)
     corrected = Estimate(config, 1, [job(tmp_path)])
     assert corrected.training(job(tmp_path)) == pytest.approx(seconds)
 

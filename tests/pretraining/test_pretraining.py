@@ -152,7 +152,7 @@ def test_verdict_weight_moves_only_what_it_weighs(config: PretrainConfig) -> Non
 def test_a_run_is_not_replaced_unless_told_to(config: PretrainConfig) -> None:
     short = replace(config, max_iters=1)
     main(short)
-    with pytest.raises(ValueError, match="holds a run; go on with init_from=resume"):
+    with pytest.raises(ValueError, match="holds a run; resume it with init_from=resume"):
         main(short)
     assert main(replace(short, overwrite=True))
 
@@ -168,7 +168,7 @@ def test_resume_refuses_other_settings_and_an_empty_folder(config: PretrainConfi
 
 def test_state_of_another_script_is_refused(config: PretrainConfig) -> None:
     write_state(Path(config.out_dir, "trainer_state.pt"), {"iteration": 3, "weights": {}})
-    with pytest.raises(ValueError, match=r"is not of a pretraining: it lacks optimizer, scaler"):
+    with pytest.raises(ValueError, match=r"another program: it lacks optimizer, scaler, seconds"):
         main(replace(config, init_from="resume"))
 
 

@@ -1,6 +1,5 @@
 """The rate follows its schedule; the optimizer holds what is trained, and decays matrices only."""
 
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def test_weight_decay_spares_biases_and_layer_norms(tiny: GPT) -> None:
 
 
 def test_optimizer_holds_only_the_adapters(config: TrainConfig) -> None:
-    model = build_model(config.init_from, asdict(config), torch.device("cpu"), torch.float32)
+    model = build_model(config.init_from, config, torch.device("cpu"), torch.float32)
     held = {id(p) for group in configure_optimizer(model, config).param_groups
             for p in group["params"]}
     assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}

@@ -1,29 +1,67 @@
-"""What a run writes about itself, and how tracking stays optional."""
+"""What a run writes about itself, and who may write to its folder."""
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from runtime import run_folder, tracking
+from runtime import run_folder
 
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True)
+class Settings(run_folder.NewFolderConfig):
+    lora_rank: int = 4
+    seed: int = 1
+    log_interval: int = 1
+
+
 def test_changed_settings_names_both_values_and_skips_what_only_reports() -> None:
-    old = {"lora_rank": 4, "seed": 1, "log_interval": 1}
-    new = {"lora_rank": 8, "seed": 1, "log_interval": 5}
-    assert run_folder.changed_settings(old, new) == "lora_rank=4, now 8"
-    assert run_folder.changed_settings(old, old) == ""
+    saved = {"lora_rank": 4, "seed": 1, "log_interval": 1}
+    changed = Settings(lora_rank=8, log_interval=5)
+    assert run_folder.changed_settings(saved, changed) == "lora_rank=4, now 8"
+    assert run_folder.changed_settings(saved, Settings()) == ""
+    assert run_folder.changed_settings(saved, changed, ignore=["lora_rank"]) == ""
+
+
+def test_setting_that_a_run_does_not_name_had_its_default() -> None:
+    assert run_folder.changed_settings({}, Settings()) == ""
+    assert run_folder.changed_settings({}, Settings(seed=2)) == "seed=1, now 2"
+
+
+def test_finished_is_said_by_a_record_or_by_an_older_runs_last_score(tmp_path: Path) -> None:
+    assert not run_folder.is_finished(tmp_path)
+    run_folder.mark_finished(tmp_path, 9)
+    assert run_folder.is_finished(tmp_path)
+    run_folder.reopen(tmp_path, 9, evaluated=True)
+    assert not run_folder.is_finished(tmp_path)
+    line = {"iteration": 9, "validation_loss_last": 1.0, "test_accuracy_best": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert not run_folder.is_finished(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"test_accuracy_last": 0.5}) + "\n")
+    assert run_folder.is_finished(tmp_path)
+
+
+@pytest.mark.parametrize(("run", "message"), [
+    ({"settings": {}, "device": "cpu", "dtype": "float32"}, "it lacks init_from, lora_rank"),
+    ({"settings": {"init_from": "gpt2", "lora_rank": 1}}, "it lacks device, dtype"),
+    ({"settings": [], "device": "cpu", "dtype": "float32"}, "settings must be an object"),
+])
+def test_file_of_something_else_is_no_run(tmp_path: Path, run: dict, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=message):
+        run_folder.read_run(str(tmp_path))
 
 
 def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
     lines = '{"iteration": 0, "train_loss": 1.0}\n{"iteration": 1, "tra'
     (tmp_path / "metrics.jsonl").write_text(lines)
     assert run_folder.read_metrics(tmp_path) == [{"iteration": 0, "train_loss": 1.0}]
-    run_folder.forget_metrics(tmp_path, 9, evaluated=False)
+    run_folder.reopen(tmp_path, 9, evaluated=False)
     assert (tmp_path / "metrics.jsonl").read_text() == lines.splitlines()[0] + "\n"
 
 
@@ -36,33 +74,16 @@ def test_metrics_after_a_saved_state_are_forgotten(tmp_path: Path) -> None:
     for evaluated, kept in ((True, 3), (False, 2)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "metrics.jsonl").write_text(text)
-        run_folder.forget_metrics(tmp_path, 1, evaluated)
+        run_folder.reopen(tmp_path, 1, evaluated)
         assert run_folder.read_metrics(tmp_path) == lines[:kept]
 
 
-def test_tracking_that_breaks_ends_quietly(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        def log(self, values: dict, step: int) -> None:
-            raise ConnectionError("gone")
-
-        finish = log
-
-    metrics = run_folder.MetricsLog({"out_dir": str(tmp_path), "wandb_mode": "disabled"})
-    for call in (lambda: metrics.log(0, train_loss=1.0), metrics.close):
-        metrics.wandb = Broken()
-        call()
-        assert metrics.wandb is None
-        assert capsys.readouterr().out.startswith("wandb stopped: ")
-    assert len(run_folder.read_metrics(tmp_path)) == 1
-
-
 def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:
-    for name in ("best/x", "last/x", "metrics.jsonl", "trainer_state.pt", "loss.png", "notes.txt"):
+    for name in ("best/x", "last/x", "metrics.jsonl", "trainer_state.pt", "finished.json",
+                 "loss.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
-    run_folder.start_folder({"out_dir": str(tmp_path)}, device="cpu")
+    run_folder.start_folder(Settings(out_dir=str(tmp_path)), device="cpu")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["device"] == "cpu"
@@ -72,55 +93,6 @@ def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:
 def test_loss_plot_needs_no_metrics(tmp_path: Path) -> None:
     run_folder.plot_losses(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "environment", "key", "expected"),
-    [
-        ("auto", {}, None, "offline"),
-        ("auto", {}, "netrc", "online"),
-        ("auto", {"WANDB_MODE": "disabled"}, "netrc", "disabled"),
-        ("offline", {"WANDB_MODE": "online"}, "netrc", "offline"),
-        ("online", {}, None, "online"),
-    ],
-)
-def test_wandb_is_online_only_where_a_key_is(
-    wanted: str, environment: dict[str, str], key: str | None, expected: str,
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert tracking.wandb_mode(wanted, lambda: key) == expected
-
-
-def test_key_file_is_read_but_never_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    monkeypatch.delenv("WANDB_API_KEY")
-    Path("wandb_api.json").write_text('{"key": "planted-key"}')
-    mode = tracking.wandb_mode("auto", lambda: tracking.os.environ["WANDB_API_KEY"])
-    assert (mode, tracking.os.environ["WANDB_API_KEY"]) == ("online", "planted-key")
-    assert "planted-key" not in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("content", ["not json", "{}"])
-def test_unusable_key_file_turns_tracking_off_with_a_line(
-    content: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    Path("wandb_api.json").write_text(content)
-    settings = {"wandb_mode": "auto", "wandb_project": "p", "out_dir": str(tmp_path)}
-    assert tracking.start_wandb(settings) is None
-    assert capsys.readouterr().out.startswith("wandb: off, ")
 
 
 def test_folder_in_use_is_refused_until_the_run_ends(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""A task is one class: a third one, with four labels, trains and scores like the others."""
+"""A task is one class: new ones train, score and report like those of the package."""
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,27 @@ from made_models import loader_of
 import generate
 from checkpoints.files import read_json
 from configurator import configure
-from dataloader import TASKS, CustomDataLoader, make_task
+from dataloader import TASKS, CustomDataLoader, make_task, resolve_dataset
 from experiments.__main__ import check
-from experiments.plan import ExperimentsConfig
-from experiments.results import read_predictions
-from generate import GenerateConfig, ModelSampler, make_loader
+from experiments.jobs import Job
+from experiments.plan import ExperimentsConfig, plan
+from experiments.report import write_report
+from experiments.results import Row, read_predictions
+from experiments.text_sections import EXAMPLES
+from generate import GenerateConfig, ModelSampler
 from model import GPT, IGNORE, GPTConfig
 from runtime.run_folder import is_finished, read_metrics
-from tasks.base import ClassificationTask
+from tasks.base import ClassificationTask, Task
 from tasks.python_code import PythonCodesTask
+from tasks.scores import Completion, Metric
+from tasks.sources import Record, read_records
 from train import Run, TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
 END, NEWLINE = 50256, 198
 
 
-# --- a third task ----------------------------------------------------------------------------
+# --- a task of one word ----------------------------------------------------------------------
 
 
 class TopicTask(ClassificationTask):
@@ -53,7 +61,7 @@ def topics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-def test_third_task_is_one_class(topics: str, config: TrainConfig) -> None:
+def test_new_classification_is_one_class(topics: str, config: TrainConfig) -> None:
     config = replace(config, task="topic", dataset=topics, max_iters=80, eval_interval=40,
                      lora_rank=0)
     results = train(config)["last"]
@@ -65,54 +73,96 @@ def test_third_task_is_one_class(topics: str, config: TrainConfig) -> None:
     assert again == json.loads(json.dumps(results))
 
 
-# --- the end of the third task ---------------------------------------------------------------
-
-
-def test_words_are_told_whatever_their_case_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_parsed_in_any_case_and_may_have_several_words(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TopicTask, "labels", ("World", "Sci/Tech", "New Music"))
     task = TopicTask()
-    said = (" World", "sci/tech.", " new music, I think", "worldwide", "New", "World and Sci/Tech")
-    assert [task.parse(text) for text in said] == [0, 1, 2, -1, -1, -1]
+    texts = (" World", "sci/tech.", " new music, I think", "worldwide", "New", "World and Sci/Tech")
+    assert [task.parse(text) for text in texts] == [0, 1, 2, -1, -1, -1]
+
+
+def test_label_with_the_name_of_a_score_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TopicTask, "labels", ("y", "n"))
-    with pytest.raises(ValueError, match="a label cannot be called 'n': a score is"):
+    with pytest.raises(ValueError, match="'n' cannot be a label: a score has this name"):
         TopicTask()
 
 
-class EchoTask(PythonCodesTask):
-    """Say it again: a task whose answers are texts, with a score of its own."""
-
-    name = "echo"
-    likelihood = False
-    headline = "repeated"
-
-    def summarize(self, records: Sequence[Any], predictions: Sequence[Any]) -> dict[str, Any]:
-        return {"n": len(records), "repeated": 0.5}
-
-    def describe(self, results: Mapping[str, Any]) -> str:
-        return f"repeated {results['repeated']}"
-
-    def columns(self, results: Mapping[str, Any]) -> dict[str, str]:
-        return {"repeated": str(results["repeated"])}
+# --- a task of long answers ------------------------------------------------------------------
 
 
-def test_task_of_long_answers_has_scores_of_its_own(
-    questions: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+class EchoTask(Task):
+    """Repeat the text."""
+
+    name, dataset, answer_tokens = "echo", "lines", 16
+    prompts = {"default": "Text: {text}\nAgain:"}  # noqa: RUF012
+    headline = "echoed"
+    metrics = {"echoed": Metric("echoed, %", 100, 1)}  # noqa: RUF012
+
+    def read(self, dataset: str, split: str) -> list[Record]:
+        return read_records(dataset, split)
+
+    def answer(self, record: Record) -> str:
+        return f" {record['text']}"
+
+    def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
+        right = sum(prediction.generated.strip() == record["text"]
+                    for prediction, record in zip(predictions, records, strict=True))
+        return {"n": len(records), "echoed": right / len(records)}
+
+
+def test_new_task_of_long_answers_trains_and_gets_a_plan_and_a_report(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(TASKS, "echo", EchoTask)
-    config = replace(config, task="echo", dataset=questions, max_iters=2, block_size=64)
-    assert train(config)["best"]["repeated"] == 0.5
+    config = replace(config, task="echo", max_iters=2)
+    results = train(config)["best"]
     assert is_finished(Path(config.out_dir))
-    with pytest.raises(ValueError, match="task='echo' has no report"):
-        check(ExperimentsConfig(task="echo"))
+    generate.main(GenerateConfig(out_dir=config.out_dir, device="cpu"))
+    shown = f"{100 * results['echoed']:.1f}"
+    assert f"echoed, % {shown}" in capsys.readouterr().out
+    settings = ExperimentsConfig(task="echo", init_from=config.init_from,
+                                 report_dir=str(tmp_path / "report"))
+    check(settings)
+    trained = next(variant for variant in plan(settings)["answers"] if variant.trains)
+    job = Job("echo", "train.py", {}, Path(config.out_dir))
+    row = Row(trained.label, trained.changes, [job], {})
+    text = write_report({"shares": [], "answers": [row]}, settings, "", ["answers"]).read_text()
+    assert "# LoRA on GPT-2: echo" in text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {trained.label} | 1 |")]
+    assert line.endswith(f" | {shown} |")
+    predictions = read_predictions(Path(config.out_dir, "best", "predictions.jsonl"))
+    examples = [f"<tr><td>{row['text']}</td><td><pre>{row['text']}</pre></td><td><pre>"
+                for row in predictions]
+    assert sum(example in text for example in examples) == EXAMPLES
 
 
-def test_label_of_four_is_checked_by_number(topics: str) -> None:
+def test_example_in_the_docstring_of_task_is_a_task() -> None:
+    text = inspect.cleandoc(Task.__doc__)
+    code = text[text.index("    class SummaryTask") : text.index("The other methods")]
+    names: dict[str, Any] = {"Task": Task, "Metric": Metric, "statistics": statistics}
+    exec(textwrap.dedent(code), names)  # noqa: S102
+    task, record = names["SummaryTask"](), {"text": "a long text", "summary": "text"}
+    assert task.prompt(record) + task.answer(record) == (
+        "Summarize.\nText: a long text\nSummary: text")
+    predictions = [task.judge(Completion(text, 1, True, [], 0.0, 0)) for text in ("abc", "defgh")]
+    results = task.summarize([record, record], predictions)
+    assert task.describe(results) == "letters 4"
+    assert task.row(record) == {"text": "a long text", "reference": "text"}
+    assert task.tell(predictions[0]) == ["abc"]
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def test_number_outside_of_four_labels_is_refused(topics: str) -> None:
     (Path(topics) / "train.jsonl").write_text('{"text": "a", "label": 4}')
     with pytest.raises(ValueError, match=r"a label of 0, 1, 2 or 3, but is"):
         make_task("topic").read(topics, "train")
 
 
-def test_labels_that_begin_alike_have_no_odds_of_their_own(
+def test_labels_that_begin_with_the_same_token_are_refused(
     topics: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TopicTask, "labels", ("sport science", "sport news"))
@@ -174,15 +224,15 @@ def test_long_question_leaves_half_of_the_sequence_to_the_answer(questions: str)
     assert loader.tokenizer.decode(prompt).endswith("why\nAnswer:")
 
 
-def test_training_tells_perplexity_and_scores_the_untouched_model(
+def test_training_logs_perplexity_and_scores_the_base_model(
     config: TrainConfig, questions: str, capsys: pytest.CaptureFixture
 ) -> None:
     config = replace(config, task="python_codes", dataset=questions, baseline=True, max_iters=6,
                      block_size=128)
     results = train(config)
-    told = capsys.readouterr().out
-    assert "(0.09%) on 32 examples" in told
-    assert "1 of their answers are cut to fit into 128 tokens" in told
+    printed = capsys.readouterr().out
+    assert "(0.09%) on 32 examples" in printed
+    assert "1 of their answers are cut to fit into 128 tokens" in printed
     assert list(results) == ["base", "best", "last"]
     assert results["last"]["perplexity"] < results["base"]["perplexity"]
     metrics = read_metrics(Path(config.out_dir))
@@ -199,7 +249,7 @@ def test_training_tells_perplexity_and_scores_the_untouched_model(
     assert "64 tokens, cut off; does not parse as Python" in capsys.readouterr().out
 
 
-def test_test_size_takes_that_many_evenly_spread(config: TrainConfig, reviews: str) -> None:
+def test_test_size_limits_the_examples_that_are_scored(config: TrainConfig, reviews: str) -> None:
     results = train(replace(config, test_size=5, max_iters=2))
     assert results["best"]["n"] == 5
     generate.main(GenerateConfig(out_dir=config.out_dir, device="cpu"))
@@ -208,14 +258,14 @@ def test_test_size_takes_that_many_evenly_spread(config: TrainConfig, reviews: s
     assert read_json(Path(config.out_dir, "best", "results-limit0.json"))["n"] == 12
 
 
-def test_task_has_its_own_data_set(config: TrainConfig) -> None:
-    settings = asdict(replace(config, dataset="auto"))
-    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=8))
-    assert make_loader(settings, model).dataset == "rotten_tomatoes"
-    assert make_loader(settings | {"task": "python_codes"}, model).dataset == "python_codes"
+@pytest.mark.parametrize(("task", "dataset"), [
+    ("sentiment", "rotten_tomatoes"), ("python_codes", "python_codes")])
+def test_task_has_a_default_data_set(task: str, dataset: str) -> None:
+    assert resolve_dataset(TrainConfig(task=task)).dataset == dataset
+    assert resolve_dataset(TrainConfig(task=task, dataset="mine")).dataset == "mine"
 
 
-def test_reviews_are_no_programming_questions(config: TrainConfig) -> None:
+def test_reviews_are_refused_as_programming_questions(config: TrainConfig) -> None:
     with pytest.raises(ValueError, match="needs the texts instruction, input, output, but is"):
         Run(replace(config, task="python_codes"))
 
@@ -227,7 +277,7 @@ def test_prompt_without_a_token_is_refused(questions: str) -> None:
 
 
 def test_preset_halves_the_perplexity_within_a_few_steps(tmp_path: Path) -> None:
-    """The whole preset takes two minutes; `docs/python-codes.md` has its figures."""
+    """The whole preset takes two minutes; `docs/programming-questions.md` has its figures."""
     preset = str(ROOT / "config" / "python_codes_mini.py")
     config = configure(TrainConfig, [preset, f"out_dir={tmp_path}", "max_iters=12", "test_size=4",
                                      "warmup_iters=2", "eval_interval=12", "dtype=float32"])

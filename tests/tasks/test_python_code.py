@@ -1,4 +1,4 @@
-"""Programming answers: no leak between splits, scores that one can compute by hand, nothing run."""
+"""Programming answers: splits without leaks, scores checked by hand, no code executed."""
 
 import difflib
 import itertools
@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tokenizer import get_tokenizer
-from tasks import code_scores, python_code
+from tasks import code_scores
 from tasks.code_scores import (
-    CodePrediction,
     bootstrap,
     corpus_scores,
     imported,
@@ -27,7 +26,8 @@ from tasks.code_scores import (
     strip_fences,
     summarize,
 )
-from tasks.python_code import census, prepare, read_split, split_by_answer
+from tasks.python_code import PythonCodesTask, census, prepare, read_split, split_by_answer
+from tasks.scores import Completion, TextPrediction
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "validation", "test")
@@ -43,8 +43,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def said(generated: str, nats: float = 1.0, tokens: int = 1) -> CodePrediction:
-    return CodePrediction(generated, 3, True, nats, tokens)
+def predict(generated: str, nats: float = 1.0, tokens: int = 1) -> TextPrediction:
+    return TextPrediction(generated, 3, True, nats, tokens)
 
 
 # --- splits ----------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ FORMS = ("{}", " {} \n", "```python\n{}\n```", "```\n{}```", "```py\n{}\n```\n",
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from(FORMS)), min_size=40))
 def test_no_answer_is_in_two_splits(answers: list[tuple[int, str]]) -> None:
-    """Whatever its white space and its fences, and however often it comes."""
+    """Answers that differ only in white space and fences are equal."""
     records = prepare([row(f"{i} {number}", form.format(f"print({number})"))
                        for i, (number, form) in enumerate(answers)], "rows")
     splits = split_by_answer(records)
@@ -65,13 +65,13 @@ def test_no_answer_is_in_two_splits(answers: list[tuple[int, str]]) -> None:
     assert sum(map(len, splits.values())) == len(answers)
 
 
-def test_own_data_is_split_80_10_10_and_no_two_answers_are_alike() -> None:
+def test_bundled_data_is_split_80_10_10_and_no_two_answers_are_similar() -> None:
     splits = {split: read_split("python_codes_mini", split) for split in SPLITS}
     assert [len(splits[split]) for split in SPLITS] == [202, 25, 25]
     whole = [strip_fences(record["output"]) for split in SPLITS for record in splits[split]]
     for one, other in itertools.combinations(whole, 2):
         pair = difflib.SequenceMatcher(None, one, other, autojunk=False)
-        bounds = (pair.real_quick_ratio, pair.quick_ratio, pair.ratio)  # ever dearer and truer
+        bounds = (pair.real_quick_ratio, pair.quick_ratio, pair.ratio)  # slower, but closer
         assert any(bound() < 0.8 for bound in bounds), (one, other)
 
 
@@ -92,14 +92,23 @@ def test_rows_stored_twice_count_once(tmp_path: Path) -> None:
     assert [len(read_split(dataset, split)) for split in SPLITS] == [16, 2, 2]
 
 
-def test_own_splits_are_kept_and_refused_where_they_leak(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a file of one row for each split."""
     for i, split in enumerate(SPLITS):
         write(tmp_path / f"{split}.jsonl", [row(split, f"print({i})")])
-    assert read_split(str(tmp_path), "test")[0]["question"] == "test"
-    python_code._splits.cache_clear()
-    write(tmp_path / "test.jsonl", [row("leaks", "```python\nprint( 0 )\n```")])
-    with pytest.raises(ValueError, match=r"the answer to 'leaks' is in train and in test; without"):
-        read_split(str(tmp_path), "test")
+    return tmp_path
+
+
+def test_split_files_keep_their_rows(folder: Path) -> None:
+    for split in SPLITS:
+        assert [record["question"] for record in read_split(str(folder), split)] == [split]
+
+
+def test_split_files_that_share_an_answer_are_refused(folder: Path) -> None:
+    write(folder / "test.jsonl", [row("leaks", "```python\nprint( 0 )\n```")])
+    with pytest.raises(ValueError, match=r"the answer to 'leaks' is in train and in test; put all"):
+        read_split(str(folder), "test")
 
 
 @pytest.mark.parametrize("bad", [
@@ -112,12 +121,12 @@ def test_other_rows_are_refused_by_number(bad: Any) -> None:
         prepare([row("a", "b"), bad], "file")
 
 
-def test_too_few_rows_leave_a_split_empty(tmp_path: Path) -> None:
+def test_too_few_rows_for_three_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the validation split is empty"):
         read_split(write(tmp_path / "few.jsonl", [row("a", "b")]), "train")
 
 
-def test_text_that_holds_the_answer_is_dropped() -> None:
+def test_field_text_is_dropped_because_it_holds_the_answer() -> None:
     records = [record for split in SPLITS for record in read_split("python_codes_mini", split)]
     assert {frozenset(record) for record in records} == {
         frozenset(("instruction", "input", "output", "question"))}
@@ -129,7 +138,7 @@ def test_question_has_the_input_only_where_there_is_one() -> None:
     assert without["question"] == "add"
 
 
-def test_own_data_is_large_varied_and_runs() -> None:
+def test_bundled_data_is_large_and_varied_and_its_code_runs() -> None:
     path = ROOT / "assets" / "python-codes-mini" / "python_codes.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert len(rows) >= 200
@@ -169,7 +178,7 @@ def test_own_data_is_large_varied_and_runs() -> None:
     ("Use ```python\nx = 1\n```\nDone.", "x = 1"), ("\nx = 1\n```", "x = 1"),
     ("    x = 1\n```\n", "    x = 1"),
 ])
-def test_code_is_what_stands_between_the_fences(answer: str, code: str) -> None:
+def test_code_is_taken_from_between_the_fences(answer: str, code: str) -> None:
     assert strip_fences(answer) == code
 
 
@@ -178,29 +187,33 @@ def test_code_is_what_stands_between_the_fences(answer: str, code: str) -> None:
     ("", False), ("# only a comment", False), ("x = '\\d'", True), ("\x00", False),
     ("(" * 5000, False), ("if True:\nx", False), ("\u00e9 = 1", True),
 ])
-def test_code_parses_if_it_is_a_statement_at_least(code: str, expected: bool) -> None:
+def test_code_parses_if_it_holds_a_statement(code: str, expected: bool) -> None:
     assert parses(code) is expected
 
 
 @settings(deadline=None)  # the first call imports the metrics
 @given(st.text())
-def test_any_text_is_judged_and_none_raises(text: str) -> None:
-    assert parses(text) in (True, False)
-    assert imported(text) is not None
-    assert strip_fences(strip_fences(text)) is not None
-    summarize(["x = 1"], [said(text)])
+def test_any_text_has_a_score(text: str) -> None:
+    code = strip_fences(text)
+    assert all(line.strip() in text for line in code.splitlines())
+    assert parses(text) or not imported(text)
+    results = summarize(["x = 1"], [predict(text)])
+    assert results["parses"] == parses(code)
+    assert 0 <= results["rouge_l"] <= 1
+    assert 0 <= results["bleu"] <= 100 + 1e-9
+    assert 0 <= results["chrf"] <= 100 + 1e-9
 
 
 def test_generated_code_is_never_executed(tmp_path: Path) -> None:
     trap = f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).touch()"
-    results = summarize([trap], [said(f"```python\n{trap}\n```")])
+    results = summarize([trap], [predict(f"```python\n{trap}\n```")])
     assert results["exact_match"] == results["parses"] == 1
-    assert code_scores.tell(said(trap))[0] == trap
+    assert code_scores.tell(predict(trap))[0] == trap
     assert code_scores.facts([trap])["imports"] == "pathlib 1"
     assert not (tmp_path / "run").exists()
 
 
-def test_imports_are_the_modules_at_the_top() -> None:
+def test_imports_are_top_level_modules() -> None:
     code = "import os.path, re as r\nfrom json import loads\nfrom . import a\ndef f():\n import io"
     assert imported(code) == {"os", "re", "json", "io"}
 
@@ -210,8 +223,8 @@ def test_imports_are_the_modules_at_the_top() -> None:
 
 def test_summary_of_a_worked_example() -> None:
     outputs = ["```python\na b c d\n```", "```python\nx = 1  \ny = 2\n```"]
-    predictions = [CodePrediction("a c d e", 4, False, 6.0, 4),
-                   CodePrediction("```python\nx = 1\ny = 2\n```\n", 12, True, 4.0, 16)]
+    predictions = [TextPrediction("a c d e", 4, False, 6.0, 4),
+                   TextPrediction("```python\nx = 1\ny = 2\n```\n", 12, True, 4.0, 16)]
     results = summarize(outputs, predictions)
     assert results["n"] == 2
     assert results["loss"] == 10 / 20  # all nats over all tokens, not the mean of two means
@@ -241,16 +254,16 @@ def test_bleu_and_chrf_by_hand() -> None:
     assert chrf == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
 
 
-def test_answers_of_which_some_share_nothing_have_an_interval() -> None:
+def test_interval_covers_answers_that_share_nothing_with_the_right_ones() -> None:
     outputs = [f"x{i} = {i} + {i}" for i in range(6)]
-    results = summarize(outputs, [said("x1 = 1 + 1"), *[said("§§")] * 5])
+    results = summarize(outputs, [predict("x1 = 1 + 1"), *[predict("§§")] * 5])
     low, high = results["interval_95"]["chrf"]
     assert 0 == low < results["chrf"] < high
 
 
 def test_perfect_answers_get_full_marks() -> None:
     outputs = ["def f(x):\n    return x + 1", "print('a', 'b', 'c')\nprint(1)"]
-    results = summarize(outputs, [said(output) for output in outputs])
+    results = summarize(outputs, [predict(output) for output in outputs])
     assert results["bleu"] == pytest.approx(100)
     assert results["chrf"] == pytest.approx(100)
     assert results["rouge_l"] == results["exact_match"] == results["parses"] == 1
@@ -276,10 +289,23 @@ def test_bootstrap_covers_the_mean_as_the_normal_approximation_does() -> None:
     assert bootstrap(7, lambda chosen: np.ones(len(chosen))) == (1, 1)
 
 
-def test_what_is_told_has_every_figure() -> None:
-    results = summarize(["x = 1"], [said("x = 2", nats=2.0, tokens=2)])
-    told = code_scores.describe(results)
-    assert told.startswith("perplexity 2.72 (95 % interval 2.72 to 2.72, n=1), BLEU ")
-    assert "exact 0.0%, 100.0% parse (of the right answers 100.0%), 3 tokens" in told
+def test_line_and_table_show_every_score() -> None:
+    results = summarize(["x = 1"], [predict("x = 2", nats=2.0, tokens=2)])
+    line = code_scores.describe(results)
+    assert line.startswith("perplexity 2.72 (95 % interval 2.72 to 2.72, n=1), BLEU ")
+    assert "exact 0.0%, 100.0% parse (of the right answers 100.0%), 3 tokens" in line
     assert list(code_scores.columns(results)) == [
         "perplexity", "95 % interval", "BLEU", "chrF", "ROUGE-L", "exact", "parse", "tokens"]
+
+
+def test_prediction_keeps_the_completion_and_the_report_strips_its_fences() -> None:
+    task = PythonCodesTask()
+    completion = Completion("```python\nx = 1\n```", 7, True, [], 2.0, 4)
+    assert task.judge(completion) == TextPrediction(completion.text, 7, True, 2.0, 4)
+    assert task.display(completion.text) == "x = 1"
+
+
+def test_report_describes_the_right_answers() -> None:
+    results = {"n": 25, "references_parse": 0.96, "reference_tokens": 109.4}
+    assert PythonCodesTask().explain_references(results).startswith(
+        "Of the 25 right answers 96.0% parse; they have 109 tokens on average.")

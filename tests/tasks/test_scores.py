@@ -1,4 +1,4 @@
-"""Accuracy counts what was said: hand-computed values, published intervals, aligned tables."""
+"""Accuracy judges generated answers: worked examples, published intervals, aligned tables."""
 
 import pytest
 
@@ -7,11 +7,11 @@ from tasks.scores import Prediction, columns, describe, summarize, table, wilson
 
 def test_summary_of_a_worked_example() -> None:
     truth = [1, 1, 1, 0, 0, 0, 0]
-    said = [1, 0, -1, 0, 0, 1, -1]
-    likelier = [1, 1, 1, 0, 0, 0, 1]  # whatever was said
+    generated = [1, 0, -1, 0, 0, 1, -1]
+    likelier = [1, 1, 1, 0, 0, 0, 1]
     predictions = [
         Prediction("", label, [-1.0, -2.0] if best == 0 else [-2.0, -1.0])
-        for label, best in zip(said, likelier, strict=True)
+        for label, best in zip(generated, likelier, strict=True)
     ]
     summary = summarize(truth, predictions, ("negative", "positive"))
     low, high = summary.pop("interval_95")
@@ -26,7 +26,7 @@ def test_summary_of_a_worked_example() -> None:
     }
 
 
-def test_garbage_alone_is_all_wrong() -> None:
+def test_all_garbage_is_all_wrong() -> None:
     summary = summarize([0, 1], [Prediction("?", -1, [-1.0, -2.0])] * 2, ("negative", "positive"))
     assert (summary["accuracy"], summary["garbage"], summary["constrained_accuracy"]) == (0, 2, 0.5)
 
@@ -53,7 +53,7 @@ def test_interval_stays_between_0_and_1_around_the_share() -> None:
 # --- answers ---------------------------------------------------------------------------------
 
 
-def test_table_and_line_tell_the_same_numbers() -> None:
+def test_table_and_line_show_the_same_numbers() -> None:
     predictions = [Prediction("x", label, [-1.0, -2.0]) for label in (0, 1, -1, 0)]
     results = summarize([0, 1, 1, 1], predictions, ("no", "yes"))
     assert describe(results) == (
