@@ -191,7 +191,7 @@ def test_interrupt_saves_and_the_resumed_run_ends_like_any_other(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    stopped = re.search(r"stopped at step (\d+); go on with init_from=resume", errors)
+    stopped = re.search(r"stopped at step (\d+); resume with init_from=resume", errors)
     assert stopped
     assert "Traceback" not in errors
     steps = int(stopped[1]) + 1

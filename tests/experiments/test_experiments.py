@@ -188,7 +188,7 @@ def test_three_interruptions_and_restarts_give_the_same_report(
         process.send_signal(number)
         code, _, said = finish(process)
         assert code == 130
-        assert "stopped; the same command goes on" in said
+        assert "stopped; repeat the command to resume" in said
         resumed += len(list((tmp_path / "runs").glob("*/trainer_state.pt")))
     assert resumed > 0
     code, _, said = finish(start(settings, tmp_path, "only=shares,zero_shot,alpha"))
