@@ -77,19 +77,25 @@ def make_task(name: str, prompt: str = "default") -> Task:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Settings of the data: the task, its examples and its prompt."""
+class TaskConfig:
+    """Settings of the task: its data set and its prompt."""
 
     task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
     dataset: Annotated[str, "a name or a folder; auto is the task's default data set"] = "auto"
     prompt: Annotated[str, "a template's name, or any text with {text} in it"] = "default"
+
+
+@dataclass(frozen=True)
+class DataConfig(TaskConfig):
+    """Settings of the data: the task, and which of its examples in how long sequences."""
+
     block_size: Annotated[int, "longest sequence in tokens; 0 is the model's limit", Bounds(0)] = 0
     train_size: Annotated[int, "examples drawn from the training split; 0 is all", Bounds(0)] = 5000
     test_size: Annotated[int, "evenly spaced test examples; 0 is all", Bounds(0)] = 0
     seed: Annotated[int, "for adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
 
 
-Data = TypeVar("Data", bound=DataConfig)
+Data = TypeVar("Data", bound=TaskConfig)
 
 
 def resolve_dataset(config: Data) -> Data:

@@ -318,6 +318,34 @@ class GPT(nn.Module):
         write_hub_layout(folder, asdict(self.config), weights)
 
 
+class SharedPrefix:
+    """Keys and values of a prefix that all batches share: one forward and one backward pass.
+
+    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters.
+    """
+
+    def __init__(self, model: GPT, prefix: Tensor) -> None:
+        self.computed = [tensor for pair in model.prefill(prefix.to(model.device))
+                         for tensor in pair]
+        self.leaves = [self._leaf(tensor) for tensor in self.computed]
+        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+
+    @staticmethod
+    def _leaf(computed: Tensor) -> Tensor:
+        leaf = computed.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        leaf.requires_grad = computed.requires_grad
+        leaf.grad = torch.zeros_like(leaf) if computed.requires_grad else None
+        return leaf
+
+    def backward(self) -> None:
+        pairs = [(tensor, leaf.grad.to(tensor.dtype))
+                 for tensor, leaf in zip(self.computed, self.leaves, strict=True)
+                 if tensor.requires_grad]
+        if pairs:  # empty without a prefix, or if no adapter acts on keys and values
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Return `x` (B, T, ...) at the positions `rows` (B, R): (B, R, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], rows]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from checkpoints.peft_format import save_adapter
@@ -24,7 +24,7 @@ from dataloader import Batch, DataConfig, make_loader, resolve_dataset
 from generate import ModelSampler, score
 from lora import count_parameters
 from methods.build import MethodConfig, build_model, load_checkpoint
-from model import GPT
+from model import GPT, SharedPrefix
 from runtime import run_folder
 from runtime.device import (
     DeviceConfig,
@@ -82,34 +82,6 @@ class TrainConfig(
 LONGER = ("max_iters", "eval_only")
 MAY_DIFFER = (*LONGER, "lr_decay_iters", "device", "dtype")  # `resumed` has checked or set these
 PROGRESS = ("iteration", "evaluated", "checkpoints")
-
-
-class SharedPrefix:
-    """Keys and values of a prefix that all batches share: one forward and one backward pass.
-
-    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters.
-    """
-
-    def __init__(self, model: GPT, prefix: Tensor) -> None:
-        self.computed = [tensor for pair in model.prefill(prefix.to(model.device))
-                         for tensor in pair]
-        self.leaves = [self._leaf(tensor) for tensor in self.computed]
-        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
-
-    @staticmethod
-    def _leaf(computed: Tensor) -> Tensor:
-        leaf = computed.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        leaf.requires_grad = computed.requires_grad
-        leaf.grad = torch.zeros_like(leaf) if computed.requires_grad else None
-        return leaf
-
-    def backward(self) -> None:
-        pairs = [(tensor, leaf.grad.to(tensor.dtype))
-                 for tensor, leaf in zip(self.computed, self.leaves, strict=True)
-                 if tensor.requires_grad]
-        if pairs:  # empty without a prefix, or if no adapter acts on keys and values
-            tensors, gradients = zip(*pairs, strict=True)
-            torch.autograd.backward(tensors, gradients)
 
 
 def train_step(

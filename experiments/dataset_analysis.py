@@ -13,19 +13,16 @@ import numpy as np
 
 from checkpoints.files import atomic_write
 from configurator import Bounds, run_script
-from dataloader import TASKS, CustomDataLoader, make_task
+from dataloader import CustomDataLoader, TaskConfig, make_task, resolve_dataset
 from experiments.figures import length_histograms
 from tasks.scores import table
 from tasks.sources import SPLITS
 
 
 @dataclass(frozen=True)
-class AnalysisConfig:
+class AnalysisConfig(TaskConfig):
     """Settings of `python -m experiments.dataset_analysis`."""
 
-    task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
-    dataset: Annotated[str, "as in train.py; auto is the task's default data set"] = "auto"
-    prompt: Annotated[str, "a template's name, or any text with {text} in it"] = "default"
     block_size: Annotated[int, "longest sequence in tokens", Bounds(16)] = 1024
     out_dir: Annotated[str, "folder for lengths.png"] = "out/analysis"
 
@@ -60,8 +57,7 @@ def spread(values: Sequence[int]) -> str:
 
 
 def main(config: AnalysisConfig) -> None:
-    task = make_task(config.task, config.prompt)
-    dataset = task.dataset if config.dataset == "auto" else config.dataset
+    task, dataset = make_task(config.task, config.prompt), resolve_dataset(config).dataset
     loader = CustomDataLoader(dataset, task, config.block_size)
     lengths = {split: measure(loader, split) for split in SPLITS}
     print(f"{dataset}: " + ", ".join(f"{name} {number:,}"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from dataloader import make_loader
 from lora import lora_layers, lora_state_dict
 from methods.build import build_model
-from model import GPT, IGNORE
+from model import GPT, IGNORE, SharedPrefix
 from runtime.optimizer import configure_optimizer
-from train import SharedPrefix, TrainConfig, train_step, validation_loss
+from train import TrainConfig, train_step, validation_loss
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
