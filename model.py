@@ -1,11 +1,13 @@
-"""GPT-2 (Radford et al., 2019) in nanoGPT's shape, with LoRA on the projections of one's choice.
+"""GPT-2 (Radford et al., 2019) in nanoGPT's shape, with LoRA on selected projections.
 
-Dimensions: B batch, T tokens, P tokens already in the cache, C width (n_embd), H heads, D = C / H,
-V vocabulary. Tensor names are GPT-2's own, so that its published checkpoints load as they are.
+Dimensions: B batch, T tokens, P tokens of a shared prefix, S keys that a row can see after it,
+W wanted positions, C width (n_embd), H heads, D = C / H, V vocabulary. Tensor names are GPT-2's, so
+that its published checkpoints load unchanged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from checkpoints.hub_format import END_OF_TEXT, read_hub_layout, write_hub_layout
 from lora import LoRALinear, check_state, is_lora_name, lora_layers
 from runtime.kernels import attend, linear
+from runtime.kv_cache import Cache, KeyValue
 
 IGNORE = -100  # target of a position that is not supervised
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, H, tokens, D)
-Cache = list[KeyValue]  # of all layers
+Prefix = list[KeyValue]  # of all layers, of batch 1
+Store = Callable[[Tensor, Tensor], KeyValue]  # takes new keys and values, returns all of a row
 
 
 class Projection(LoRALinear):
@@ -87,18 +90,18 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, prefix: KeyValue | None, past: KeyValue | None, mask: Tensor | None,
-        rows: Tensor | None = None,
+        self, x: Tensor, prefix: KeyValue | None, mask: Tensor | None, wanted: Tensor | None,
+        store: Store | None,
     ) -> tuple[Tensor, KeyValue]:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if rows is not None:
-            q = take_rows(q.transpose(1, 2), rows).transpose(1, 2)  # (B, H, R, D)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # (B, H, S, D)
+        if wanted is not None:
+            q = at_positions(q.transpose(1, 2), wanted).transpose(1, 2)  # (B, H, W, D)
+        if store is not None:
+            k, v = store(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, prefix, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, -1, C)  # (B, T or R, C)
+        y = y.transpose(1, 2).reshape(B, -1, C)  # (B, T or W, C)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
 
@@ -122,12 +125,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, prefix: KeyValue | None, past: KeyValue | None, mask: Tensor | None,
-        rows: Tensor | None = None,
+        self, x: Tensor, prefix: KeyValue | None = None, mask: Tensor | None = None,
+        wanted: Tensor | None = None, store: Store | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """Return the output at all positions, or at `rows` (B, R) only, and own keys and values."""
-        attended, present = self.attn(self.ln_1(x), prefix, past, mask, rows)
-        x = attended + (x if rows is None else take_rows(x, rows))
+        """Return the output and the keys and values of `x` (B, T, C).
+
+        With `wanted` (B, W) the output is computed only at these positions. `store` puts keys and
+        values into a cache and returns all of them.
+        """
+        attended, present = self.attn(self.ln_1(x), prefix, mask, wanted, store)
+        x = attended + (x if wanted is None else at_positions(x, wanted))
         return x + self.mlp(self.ln_2(x)), present
 
 
@@ -162,7 +169,7 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, past: Cache | None = None,
+        self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None,
         reduction: str = "mean",
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
@@ -174,25 +181,25 @@ class GPT(nn.Module):
 
         Raises ValueError if the sequence with its past is longer than the block size.
         """
-        self._check_length(idx.size(1) + cache_length(past))
+        self._check_length(idx.size(1) + prefix_length(past))
         if targets is None:
             return self._head(self._run_blocks(idx, past)[0]), None
         supervised = targets != IGNORE  # (B, T)
-        # The supervised positions of each row, in order, then others where a row has fewer.
+        # The supervised positions of each row in order, then others in rows that have fewer.
         most = int(supervised.sum(dim=1).max())
-        rows = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, R)
-        x, _ = self._run_blocks(idx, past, rows=rows)
-        logits = self._head(x[supervised.gather(1, rows)])
+        wanted = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
+        x, _ = self._run_blocks(idx, past, wanted)
+        logits = self._head(x[supervised.gather(1, wanted)])
         return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
 
-    def prefill(self, idx: Tensor) -> Cache:
+    def prefill(self, idx: Tensor) -> Prefix:
         """Return keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
         if len(idx) != 1:
-            raise ValueError(f"a prefix is shared by all rows: it is 1 sequence, not {len(idx)}")
+            raise ValueError(f"all rows share a prefix: it is 1 sequence, not {len(idx)}")
         if not idx.numel():
             return []
         self._check_length(idx.size(1))
-        return self._run_blocks(idx, rows=idx.new_empty(1, 0))[1]
+        return self._run_blocks(idx, wanted=idx.new_empty(1, 0))[1]
 
     def _check_length(self, length: int) -> None:
         limit = self.config.block_size
@@ -200,31 +207,34 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
 
     def _run_blocks(
-        self, idx: Tensor, prefix: Cache | None = None, past: Cache | None = None,
-        positions: Tensor | None = None, mask: Tensor | None = None, rows: Tensor | None = None,
-    ) -> tuple[Tensor, Cache]:
-        """Return the final hidden states (B, T, C) of `idx`, and `past` extended by them.
+        self, idx: Tensor, prefix: Prefix | None = None, wanted: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Prefix]:
+        """Return the final hidden states of `idx` (B, T), and its keys and values.
 
-        `prefix` is of batch 1, `past` the rows' own; with a `past` come `positions` and a `mask`
-        (see `attend`). With `rows` (B, R) the states are those of these positions: of the others
-        the last block makes keys and values only.
+        The states are (B, T, C), or (B, W, C) at the positions `wanted` (B, W): at the others the
+        last block computes only keys and values. An empty `cache` takes the prompts, a filled one
+        the next token of each row.
         """
-        P, T = cache_length(prefix), idx.size(1)
-        if positions is None:
-            positions = torch.arange(P, P + T, device=idx.device)
+        P, T = prefix_length(prefix), idx.size(1)
+        positions, mask = torch.arange(P, P + T, device=idx.device), None
+        if cache is not None and cache.used:
+            positions, mask = P + cache.next_positions(), cache.next_mask()
         # The residual stream keeps the precision of the layer norms, whatever the matrices have.
         dtype = self.transformer.ln_f.weight.dtype
         x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
         x = self.transformer.drop(x)  # (B, T, C)
-        cache = []
+        presents = []
         for layer, block in enumerate(self.transformer.h):
-            chosen = rows if layer == self.config.n_layer - 1 else None
-            if chosen is not None:
-                mask = torch.arange(T, device=idx.device) <= rows[:, None, :, None]  # (B, 1, R, T)
-            known = (known[layer] if known else None for known in (prefix, past))
-            x, present = block(x, *known, mask, chosen)
-            cache.append(present)
-        return self.transformer.ln_f(x), cache
+            chosen = wanted if layer == self.config.n_layer - 1 else None
+            if chosen is not None:  # (B, 1, W, T)
+                mask = torch.arange(T, device=idx.device) <= chosen[:, None, :, None]
+            store = partial(cache.append, layer) if cache is not None else None
+            x, present = block(x, prefix[layer] if prefix else None, mask, chosen, store)
+            presents.append(present)
+        if cache is not None:
+            cache.advance(T)
+        return self.transformer.ln_f(x), presents
 
     def _head(self, x: Tensor) -> Tensor:
         """Return logits in the embedding's own precision: 16 bits would tie the label words."""
@@ -234,11 +244,11 @@ class GPT(nn.Module):
 
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        past: Cache | None = None,
+        past: Prefix | None = None,
     ) -> Tensor:
         """Return `idx` (B, T) followed by up to `max_new_tokens` new tokens a row.
 
-        A row that has ended is filled with end-of-text; generation stops when all have.
+        Rows that have ended are padded with end-of-text; generation stops when all have ended.
         """
         steps = self.stream(idx, max_new_tokens, temperature, top_k, past)
         return torch.cat([idx, *(token for _, token in steps)], dim=1)
@@ -246,42 +256,44 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        past: Cache | None = None, lengths: Tensor | None = None,
+        past: Prefix | None = None, lengths: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each step the logits (B, V) and the tokens (B, 1) chosen from them.
 
         Rows of different `lengths` (B,) are padded on the right. temperature=0 or top_k=1 is
-        greedy. Past the block size a plain batch goes on with its last `block_size` tokens.
+        greedy. Without `past` and `lengths`, generation continues beyond the block size with the
+        last `block_size` tokens.
 
-        Raises ValueError where that is not possible: with a `past` or with `lengths`.
+        Raises ValueError if it would have to with a `past` or with `lengths`.
         """
-        B, T = idx.shape
-        P, limit = cache_length(past), self.config.block_size
-        plain = past is None and lengths is None
-        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths
-        if not plain and P + int(lengths.max()) + max_new_tokens - 1 > limit:
-            raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        idx_in = idx[:, -limit:] if plain else idx
-        ends = (lengths - 1).clamp(max=idx_in.size(1) - 1)[:, None]  # (B, 1)
-        x, cache = self._run_blocks(idx_in, past, rows=ends)
-        for step in range(max_new_tokens):
+        P, limit = prefix_length(past), self.config.block_size
+        if lengths is not None or past is not None:
+            longest = idx.size(1) if lengths is None else int(lengths.max())
+            if P + longest + max_new_tokens - 1 > limit:
+                raise ValueError(
+                    f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
+        context = tokens = idx[:, -limit:]
+        cache = self._cache(context, lengths, max_new_tokens)
+        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            wanted = None if cache.used else (cache.lengths - 1)[:, None]  # (B, 1)
+            x, _ = self._run_blocks(tokens, past, wanted, cache)
             logits = self._head(x[:, -1])
             token = choose_token(logits, temperature, top_k)
             token = token.masked_fill(ended[:, None], END_OF_TEXT)
             yield logits, token
             ended |= token[:, 0] == END_OF_TEXT
-            if ended.all() or step == max_new_tokens - 1:
+            if ended.all():
                 return
-            if plain:
-                idx = torch.cat((idx, token), dim=1)
-            if plain and cache_length(cache) == limit:
-                x, cache = self._run_blocks(idx[:, -limit:])
-            else:
-                slots = torch.arange(T + step + 1, device=idx.device)
-                mask = (slots < lengths[:, None]) | (slots >= T)  # (B, T+step+1)
-                positions = (P + lengths + step)[:, None]
-                x, cache = self._run_blocks(token, past, cache, positions, mask[:, None, None])
+            context, tokens = torch.cat((context, token), dim=1)[:, -limit:], token
+            if P + cache.used == limit:  # the window slides, and every token changes its position
+                tokens, cache = context, self._cache(context, None, 1)
+
+    @staticmethod
+    def _cache(context: Tensor, lengths: Tensor | None, max_new_tokens: int) -> Cache:
+        B, T = context.shape
+        lengths = torch.full((B,), T, device=context.device) if lengths is None else lengths
+        return Cache(lengths, T + max_new_tokens - 1)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":
@@ -346,13 +358,13 @@ class SharedPrefix:
             torch.autograd.backward(tensors, gradients)
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Return `x` (B, T, ...) at the positions `rows` (B, R): (B, R, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], rows]
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """Return `x` (B, T, ...) at `positions` (B, W): (B, W, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
-def cache_length(cache: Cache | None) -> int:
-    return cache[0][0].size(2) if cache else 0
+def prefix_length(prefix: Prefix | None) -> int:
+    return prefix[0][0].size(2) if prefix else 0
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
