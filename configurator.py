@@ -31,8 +31,7 @@ def configure(
 ) -> Config:
     """Build `cls` from `defaults` and `argv` (the command line), read from left to right.
 
-    `--help` prints `description`, by default the docstring of the module that declares `cls`.
-    A config file is looked up in the working directory, then in the checkout.
+    `--help` prints `description` first. Config files are found in the working directory or ROOT.
 
     Raises ValueError for an unknown name, a value of the wrong type or range, or a bad config
     file; the message names the value, its place and what is allowed.
@@ -75,7 +74,9 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
     elif path := next(filter(Path.is_file, (Path(argument), ROOT / argument)), None):
         yield from _read_file(str(path))
     else:
-        hint = _suggest(argument, [str(path) for path in Path(argument).parent.glob("*.py")])
+        known = [str(Path(argument).with_name(path.name)) for folder in (Path(), ROOT)
+                 for path in (folder / argument).parent.glob("*.py")]
+        hint = _suggest(argument, known)
         raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")
 
 

@@ -166,8 +166,8 @@ def adapt(
     modules = dict(model.named_modules(remove_duplicate=False))  # a shared layer by all its names
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     adapted: dict[nn.Module, LoRALinear] = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        names = [name for name in modules if f".{name}".endswith(f".{target}")]
+    for target in [targets] if isinstance(targets, str) else [*targets] or [""]:
+        names = [name for name in modules if name and f".{name}".endswith(f".{target}")]
         if not names or not linears.keys() >= set(names):
             kinds = sorted({type(modules[name]).__name__ for name in names}) or "nothing"
             leaves = sorted({name.rpartition(".")[2] for name in linears})

@@ -250,6 +250,7 @@ class Run:
         self.iteration, self.evaluated = state["iteration"], state["evaluated"]
         if rank() == 0:  # the only rank that writes
             self.checkpoints = state["checkpoints"]
+        if rank() == 0 and not self.config.eval_only:  # a validation alone changes no run
             run_folder.reopen(self.folder, self.iteration, self.evaluated)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Pretrain a small GPT-2 from random weights on movie reviews.
 
 python -m pretraining config/pretrain_mini.py                     makes assets/gpt2-mini
-python -m pretraining config/pretrain_mini.py init_from=resume    goes on where that stopped
+python -m pretraining config/pretrain_mini.py init_from=resume    resumes it
 """
 
 import math
@@ -48,7 +48,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 class PretrainConfig(OptimizerConfig, NewFolderConfig, DeviceConfig):
     """Settings of `python -m pretraining`."""
 
-    init_from: Annotated[Literal["scratch", "resume"], "start anew, or go on"] = "scratch"
+    init_from: Annotated[Literal["scratch", "resume"], "start anew, or resume"] = "scratch"
     out_dir: Annotated[str, "folder of the run; its `model` is the result"] = "out/pretrain"
     seed: Annotated[int, "of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
     data: Annotated[str, "imdb (from the hub) or a folder with its three splits"] = "imdb"

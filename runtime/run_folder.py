@@ -60,9 +60,18 @@ class SavedRun:
     facts: Mapping[str, Any] = field(default_factory=dict)  # processor, versions, parameters, ...
 
     def config(self, cls: type[Config]) -> Config:
-        """Return the settings as `cls`; a setting that the run does not name has its default."""
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: value for name, value in self.settings.items() if name in known})
+        """Return the settings as `cls`; a setting that the run does not name has its default.
+
+        Raises ValueError for a value of another type than the default's.
+        """
+        known = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        values = {name: value for name, value in self.settings.items() if name in known}
+        for name, value in values.items():
+            expected = type(known[name])
+            if type(value) is not expected and (type(value), expected) != (int, float):
+                raise ValueError(f"{CONFIG_FILE}: {name}={value!r:.80} must be of type "
+                                 f"{expected.__name__}")
+        return cls(**values)
 
 
 def read_run(out_dir: str) -> SavedRun:
@@ -74,12 +83,10 @@ def read_run(out_dir: str) -> SavedRun:
     if not path.is_file():
         raise FileNotFoundError(f"out_dir={out_dir!r} holds no run: there is no {path}")
     run = read_json(path)
+    if not isinstance(settings := run.get("settings", {}), dict):
+        raise ValueError(f"{path}: settings must be an object, not {settings!r:.80}")
     missing = {"settings", "device", "dtype"} - run.keys()
-    settings = run.get("settings")
-    if not missing and not isinstance(settings, dict):
-        raise ValueError(f"{path}: settings must be an object")
-    missing |= {"init_from", "lora_rank"} - (settings or {}).keys()
-    if missing:
+    if missing := missing | ({"init_from", "lora_rank"} - settings.keys()):
         raise ValueError(f"{path} is not a fine-tuning run's: it lacks "
                          f"{', '.join(sorted(missing))}")
     named = {name: run.pop(name) for name in ("settings", "device", "dtype")}
@@ -194,10 +201,18 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of `metrics.jsonl` but one that a crash cut short."""
-    path = folder / METRICS_FILE
+    """Return the lines of `metrics.jsonl`, without one that a crash cut short.
+
+    Raises ValueError, naming the line, if it holds anything else.
+    """
+    path, metrics = folder / METRICS_FILE, []
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics += [json.loads(line)] if line.endswith("}") else []
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return metrics
 
 
 def mark_finished(folder: Path, iteration: int) -> None:
@@ -206,10 +221,11 @@ def mark_finished(folder: Path, iteration: int) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run is complete. Older runs have no record but log their last test score."""
-    return (folder / FINISHED_FILE).is_file() or any(
-        key.startswith("test_") and key.endswith("_last")
-        for line in read_metrics(folder) for key in line)
+    """Return whether a run has its record and its metrics, or an older run its last test score."""
+    metrics = read_metrics(folder)
+    recorded = (folder / FINISHED_FILE).is_file() and bool(metrics)
+    return recorded or any(key.startswith("test_") and key.endswith("_last")
+                           for line in metrics for key in line)
 
 
 def reopen(folder: Path, iteration: int, evaluated: bool) -> None:

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import generate
+import train
+from configurator import run_script
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -122,15 +126,16 @@ BAD_TRAINING = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_TRAINING, ids=lambda value: str(value)[:40])
 def test_bad_training_input_ends_in_one_line_and_exit_code_2(
-    settings: list[str], tmp_path: Path, arguments: list[str], message: str
+    settings: list[str], tmp_path: Path, arguments: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run("train.py", *settings, f"out_dir={tmp_path / 'run'}", "wandb_mode=disabled",
-               *arguments)
-    assert done.returncode == 2
-    line = done.stderr.rsplit("\r", 1)[-1].strip().rsplit("\n", 1)[-1]  # after the progress bar
+    monkeypatch.setattr(sys, "argv", [
+        "train.py", *settings, f"out_dir={tmp_path / 'run'}", "wandb_mode=disabled", *arguments])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_script(train.main, train.TrainConfig)
+    line = capsys.readouterr().err.rsplit("\r", 1)[-1].strip().rsplit("\n", 1)[-1]  # after the bar
     assert line.startswith("error: ")
     assert message in line
-    assert "Traceback" not in done.stderr
 
 
 BAD_SCORING = [
@@ -145,13 +150,25 @@ BAD_SCORING = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_SCORING, ids=lambda value: str(value)[:40])
 def test_bad_scoring_input_ends_in_one_line_and_exit_code_2(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path, arguments: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run("generate.py", f"out_dir={tmp_path}", *arguments, HF_HOME=str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "argv", ["generate.py", f"out_dir={tmp_path}", *arguments])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_script(generate.main, generate.GenerateConfig)
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_script_ends_with_exit_code_2_and_no_traceback(script: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(script, "no_such=1"), cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert done.stderr == "error: command line: unknown setting 'no_such'\n"
 
 
 def test_damaged_checkpoint_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -275,7 +292,7 @@ def test_tracking_server_that_refuses_does_not_stop_the_run(
 def test_second_interrupt_stops_at_once(settings: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("train.py", *settings, f"out_dir={tmp_path / 'run'}", "max_iters=100000",
-                "batch_size=48", "gradient_accumulation_steps=400"), cwd=ROOT,
+                "batch_size=48", "gradient_accumulation_steps=1500"), cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("step 0:"):
         assert process.poll() is None

@@ -805,3 +805,11 @@ def test_adapted_llama_equals_peft_in_logits_and_every_gradient(rank_stabilized:
     assert_close(ours.eval()(idx).logits, theirs.eval()(idx).logits, rtol=1e-5, atol=1e-5)
     with adapters_off(ours), theirs.disable_adapter():
         assert_close(ours(idx).logits, theirs(idx).logits, **EXACT)
+
+
+@pytest.mark.parametrize("targets", ["", [], [""]])
+def test_adapt_refuses_a_target_that_names_nothing(targets: str | list[str]) -> None:
+    for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))):
+        with pytest.raises(ValueError, match="target '' matches nothing"):
+            adapt(model, targets, 2, 4.0)
+        assert all(parameter.requires_grad for parameter in model.parameters())

@@ -286,6 +286,14 @@ def test_eval_only_validates_and_saves_no_weights(
     assert not list(Path(config.out_dir).rglob("*.safetensors"))
 
 
+def test_eval_only_leaves_a_finished_run_finished(config: TrainConfig) -> None:
+    train(replace(config, max_iters=1))
+    before = metrics(config)
+    assert train(replace(config, max_iters=1, eval_only=True), resume=True) == {}
+    assert metrics(config) == before
+    assert run_folder.is_finished(Path(config.out_dir))
+
+
 def test_other_checkpoints_are_kept_only_when_asked(config: TrainConfig) -> None:
     config = replace(config, learning_rate=0.0, lora_dropout=0.0, always_save_checkpoint=False)
     run = Run(config)

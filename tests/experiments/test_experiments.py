@@ -215,7 +215,9 @@ def test_runs_of_two_processes_are_torchruns(
 ) -> None:
     """The same run, by the same name: its losses are those of one process, up to rounding."""
     name = "r16_alpha256-seed1337"
-    done = start(settings, tmp_path, f"only={name}", "jobs=1", "processes=2", "lora_dropout=0")
+    # Validated at each step, the run is still going when its first state appears.
+    alone_settings = "jobs=1", "lora_dropout=0", "eval_interval=1"
+    done = start(settings, tmp_path, f"only={name}", *alone_settings, "processes=2")
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").glob("*/trainer_state.pt")):
         assert done.poll() is None
@@ -223,9 +225,9 @@ def test_runs_of_two_processes_are_torchruns(
         time.sleep(0.05)
     done.send_signal(signal.SIGINT)
     assert finish(done)[0] == 130
-    done = start(settings, tmp_path, f"only={name}", "jobs=1", "processes=2", "lora_dropout=0")
+    done = start(settings, tmp_path, f"only={name}", *alone_settings, "processes=2")
     assert finish(done)[0] == 0
-    alone = start(settings, tmp_path / "alone", f"only={name}", "jobs=1", "lora_dropout=0")
+    alone = start(settings, tmp_path / "alone", f"only={name}", *alone_settings)
     assert finish(alone)[0] == 0
     (mine,) = (tmp_path / "runs").glob(f"{name}-*")
     (theirs,) = (tmp_path / "alone" / "runs").glob(f"{name}-*")

@@ -141,6 +141,7 @@ def test_training_run_is_finished_when_its_folder_says_so(tmp_path: Path) -> Non
     (tmp_path / STATE_FILE).touch()
     assert each.state == "interrupted"
     mark_finished(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 3}\n')
     assert each.state == "finished"
 
 

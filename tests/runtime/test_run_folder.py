@@ -36,6 +36,8 @@ def test_setting_that_a_run_does_not_name_had_its_default() -> None:
 def test_finished_is_said_by_a_record_or_by_an_older_runs_last_score(tmp_path: Path) -> None:
     assert not run_folder.is_finished(tmp_path)
     run_folder.mark_finished(tmp_path, 9)
+    assert not run_folder.is_finished(tmp_path)  # a record alone is no run
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0}) + "\n")
     assert run_folder.is_finished(tmp_path)
     run_folder.reopen(tmp_path, 9, evaluated=True)
     assert not run_folder.is_finished(tmp_path)
@@ -46,10 +48,25 @@ def test_finished_is_said_by_a_record_or_by_an_older_runs_last_score(tmp_path: P
     assert run_folder.is_finished(tmp_path)
 
 
+def test_metrics_that_are_no_json_are_named_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{x}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        run_folder.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("lora_rank", "16"), ("lora_rank", True), ("seed", 1.5), ("out_dir", 7), ("overwrite", [])])
+def test_saved_setting_of_another_type_is_refused(name: str, value: object) -> None:
+    saved = run_folder.SavedRun({name: value}, "cpu", "float32")
+    with pytest.raises(ValueError, match=rf"config\.json: {name}=.* must be of type"):
+        saved.config(Settings)
+
+
 @pytest.mark.parametrize(("run", "message"), [
     ({"settings": {}, "device": "cpu", "dtype": "float32"}, "it lacks init_from, lora_rank"),
     ({"settings": {"init_from": "gpt2", "lora_rank": 1}}, "it lacks device, dtype"),
-    ({"settings": [], "device": "cpu", "dtype": "float32"}, "settings must be an object"),
+    ({"settings": [], "device": "cpu", "dtype": "float32"}, "settings must be an object, not"),
+    ({"settings": 3}, "settings must be an object, not 3"),
 ])
 def test_file_of_something_else_is_no_run(tmp_path: Path, run: dict, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(run))
