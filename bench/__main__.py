@@ -272,15 +272,17 @@ def write(report: dict[str, Any], out_dir: Path) -> None:
 
 @out_of_memory_told()
 def main(config: BenchConfig) -> None:
-    require_rivals()
     parts = config.what.replace(",", " ").split()
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")
+    verbs = [verb for verb in ("train", "score") if verb in parts]
+    if verbs:
+        require_rivals()
     report: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]), "settings": asdict(config),
         "machine": describe(resolve_device(config.device)) | {"commit": str(git_commit())},
     }
-    if verbs := [verb for verb in ("train", "score") if verb in parts]:
+    if verbs:
         with random_checkpoint(config.model, config.seed) as folder:
             report |= compare(config, folder, verbs)
     if "growth" in parts:

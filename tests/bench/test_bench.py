@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import BenchConfig, grow, main, markdown, sized_reviews
+from bench.__main__ import BenchConfig, grow, main, markdown, plot, sized_reviews
 from bench.worker import random_checkpoint
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
@@ -46,13 +46,28 @@ def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfi
     assert rows["handout.float32"]["checkpoint_bytes"] > weights
     table = Path(config.out_dir, "bench.md").read_text()
     assert all(name in table for name in [*rows, *RATIOS])
-    assert Path(config.out_dir, "bench.png").stat().st_size > 10_000
+    assert Path(config.out_dir, "bench.png").read_bytes().startswith(b"\x89PNG")
+    panels = plot(report).axes
+    assert [panel.get_title() for panel in panels] == ["train", "score"]
+    for panel in panels:
+        widths = [bar.get_width() for bar in panel.patches]
+        assert widths == [row[f"{panel.get_title()}_reviews_per_second"] for row in rows.values()]
 
 
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
     with pytest.raises(ValueError, match="must be of train, score, growth"):
         main(BenchConfig(what=what))
+
+
+def test_missing_rivals_are_named_with_the_command_that_installs_them(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
+    message = r"transformers and peft; install it with: pip install -r requirements-dev\.txt"
+    with pytest.raises(ValueError, match=message):
+        main(replace(config, what="train"))
+    assert not Path(config.out_dir, "bench.json").exists()
 
 
 def test_sized_reviews_have_about_the_tokens_asked_for() -> None:
@@ -82,7 +97,12 @@ def test_growth_is_measured_along_every_axis(
     report = json.loads(Path(config.out_dir, "bench.json").read_text())
     assert list(report["growth"]) == ["batch_size", "review_tokens", "lora_rank", "model"]
     assert "| gpt2-medium | 3.0 | 1.0 | 900.0 | 800.0 |" in markdown(report)
-    assert Path(config.out_dir, "bench.png").stat().st_size > 10_000
+    panels = plot(report).axes
+    assert [panel.get_xlabel() for panel in panels] == [
+        axis.replace("_", " ") for axis in report["growth"]]
+    for panel in panels:
+        assert {tuple(line.get_ydata()) for line in panel.lines} == {
+            (3.0,) * len(panel.lines[0].get_xdata()), (1.0,) * len(panel.lines[0].get_xdata())}
 
 
 def test_one_point_of_growth_is_a_measurement(config: BenchConfig) -> None:
