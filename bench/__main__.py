@@ -73,7 +73,7 @@ def own_dtype(config: BenchConfig) -> str:
 
 
 def contenders(config: BenchConfig) -> list[Contender]:
-    """Ours in float32 and in the dtype asked for, and the others; fewer reviews for the slow."""
+    """Return ours in float32 and in the chosen dtype, and the rivals; slow ones get few reviews."""
     ours = [Contender("ours", dtype, WINDOW, WINDOW)
             for dtype in dict.fromkeys(("float32", own_dtype(config)))]
     if resolve_device(config.device).type != "cpu":
@@ -94,7 +94,7 @@ def take_turns(
     rivals: Sequence[Contender], verb: str, records: Sequence[Record], folder: str,
     config: BenchConfig,
 ) -> tuple[dict[str, list[Measure]], dict[str, dict[str, float]]]:
-    """Let each contender do `verb` once to warm up and then `rounds` times, one after another.
+    """Run `verb` in each contender once to warm up and then `rounds` times, in turns.
 
     Returns the measures by contender, that of its checkpoint's size last, and by precision the
     medians of the machine's peaks.
@@ -120,7 +120,7 @@ def take_turns(
 
 
 def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
-    """Return the mean tokens of a review of its own, and its share of the window's prefix."""
+    """Return the mean tokens of a review after the prefix, and its share of the window's prefix."""
     loader = CustomDataLoader(config.dataset, SentimentTask(), SHAPES[config.model].block_size)
     prompts = [loader.encode_prompt(record) for record in records]
     prefix = len(loader.prefix(prompts))
@@ -128,7 +128,7 @@ def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, fl
 
 
 def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str, Any]:
-    """Measure all contenders; return what each reached, and how far ours is ahead."""
+    """Measure all contenders; return their speed and memory, and our ratios to the rivals."""
     records = SentimentTask().read(config.dataset, "train")
     own, prefix = tokens_of(config, records)
     rivals = contenders(config)
@@ -159,7 +159,7 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
 
 
 def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]) -> None:
-    """Add to `report` how many times faster ours is, by round, and its share of their memory."""
+    """Add to `report` our speed and memory relative to each rival."""
     memory = {name: row[f"{verb}_memory_mib"] for name, row in report["contenders"].items()}
     for name in (name for name in speeds if name.startswith("ours.")):
         for rival in RIVALS:
@@ -172,7 +172,7 @@ def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]
 
 
 def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:
-    """Return `number` reviews of about `tokens` tokens each, made of real ones."""
+    """Return `number` reviews of about `tokens` tokens each, from the words of real ones."""
     tokenizer = get_tokenizer()
     stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
     starts = range(0, number * tokens, tokens)
@@ -196,7 +196,7 @@ def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str
 
 
 def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
-    """Measure ours along each axis, all else as in `config`."""
+    """Measure ours along each axis, with everything else as in `config`."""
     sizes = tuple(SHAPES)[: 3 if resolve_device(config.device).type == "cpu" else None]
     axes: dict[str, Sequence[Any]] = {
         "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
@@ -244,7 +244,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any]) -> Figure:
-    """Draw the reviews a second of each contender, and how the cost of ours grows."""
+    """Plot the reviews per second of each contender, and how our cost grows."""
     contenders, growing = report.get("contenders", {}), report.get("growth", {})
     verbs = list(report.get("peaks", {}))
     number = len(verbs) + len(growing)

@@ -1,4 +1,4 @@
-"""The matrix products that an example needs, and how fast this machine computes them."""
+"""Useful FLOPs of an example, and the peak FLOP/s of this machine."""
 
 import time
 from typing import Any
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from model import GPTConfig
 from runtime import kernels
 
-MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, by which the machine's peak is measured
+MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, which measures the machine's peak
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Return the FLOP/s of a matrix product of GPT-2's size, the best of some.
+    """Return the peak FLOP/s of a matrix product of GPT-2's size.
 
     "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `kernels.linear`.
     """
@@ -44,7 +44,7 @@ def useful_flops(
     C = shape.n_embd
     everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
     forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
-    if verb == "score":  # and the way of each answer token but the last to the next one
+    if verb == "score":  # and each answer token but the last passes all blocks to give the next one
         return forward + 2 * (answers - 1) * 12 * C * C * (shape.n_layer - 1)
     if not rank:
         return 3 * forward

@@ -1,4 +1,4 @@
-"""Who is measured: our own fine-tuning and scoring, and two ways in which people do the same.
+"""The contenders: our fine-tuning and scoring, and two other ways to do the same.
 
 `HandoutStyle` is the usual homework solution: padded batches, logits at every position, a dense
 `B @ A` in every forward, a float32 model that never merges, and scoring of one review at a time
@@ -44,7 +44,7 @@ class Ours:
                    self.optimizer, self.scaler, 1.0, self.dtype)
 
     def score(self, records: Sequence[Record]) -> list[str]:
-        """Return what the model writes behind the prompt of each record."""
+        """Return the generated answer to each record."""
         sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
         return [prediction.generated for prediction in sampler.predict(records)]
 
@@ -56,7 +56,7 @@ class Ours:
 
 
 class DenseLoRALinear(LoRALinear):
-    """The layer as it is often written: the update is built as a dense matrix in every forward."""
+    """The layer as many solutions write it: each forward builds the update as a dense matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.weight, self.bias)
@@ -68,7 +68,7 @@ class DenseLoRALinear(LoRALinear):
         return h + F.linear(self.lora_dropout(x), delta)
 
     def train(self, mode: bool = True) -> "DenseLoRALinear":
-        return nn.Linear.train(self, mode)  # merging is dead code there
+        return nn.Linear.train(self, mode)  # those solutions never merge
 
 
 def padded(loader: CustomDataLoader, records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,7 @@ def padded(loader: CustomDataLoader, records: Sequence[Record]) -> tuple[Tensor,
 
 
 class Baseline:
-    """What a baseline does to train, given its `model` and `loss`."""
+    """The training step that the baselines share, given `model` and `loss`."""
 
     model: nn.Module
 
@@ -109,7 +109,7 @@ class Baseline:
 
 
 class HandoutStyle(Baseline):
-    """The usual homework solution; settings as for `model.build_model`, weights in float32."""
+    """The usual homework solution; weights in float32."""
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
         self.model = build_model(folder, config, device, torch.float32)

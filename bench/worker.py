@@ -1,4 +1,4 @@
-"""One contender in one process: what it does, how long it takes, and how much memory it holds."""
+"""Run one contender in a process and measure its time and memory."""
 
 import multiprocessing
 import random
@@ -28,7 +28,7 @@ WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
 
 
 class Contender(NamedTuple):
-    """Who is measured, in which precision, and how many reviews a measurement takes."""
+    """A contender, its precision, and the reviews of one measurement."""
 
     way: Way
     dtype: str
@@ -45,7 +45,7 @@ class Measure(NamedTuple):
 
     result: Any
     seconds: float
-    memory: int  # bytes at most so far: allocated on CUDA, else resident
+    memory: int  # peak bytes so far: allocated on CUDA, else resident
     age: float  # seconds since the process was started
 
 
@@ -77,7 +77,7 @@ def checkpoint_bytes(contender: Any) -> int:
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """A contender in a separate process."""
 
     def __init__(self, contender: Contender, folder: str, config: TrainConfig) -> None:
         self.contender = contender

