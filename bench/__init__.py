@@ -1,1 +1,1 @@
-"""Speed and memory, measured beside other ways to do the same."""
+"""Speed and memory of this package, measured beside other implementations."""

@@ -15,7 +15,7 @@ MATRIX = (1024, 768, 3072)  # a product of GPT-2's size, which measures the mach
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Return the peak FLOP/s of a matrix product of GPT-2's size.
 
-    "plain" is `F.linear`, as anyone gets it; "best" the faster of it and `kernels.linear`.
+    "plain" is that of `F.linear`, "best" that of the faster of `F.linear` and `kernels.linear`.
     """
     rows, inner, columns = (size * (1 if device.type == "cpu" else 4) for size in MATRIX)
     x = torch.randn(rows, inner, device=device).to(dtype)
@@ -35,16 +35,16 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 def useful_flops(
     shape: GPTConfig, own: float, prefix: float, rank: int, verb: str, answers: float = 2
 ) -> float:
-    """Return the matrix FLOPs that an example needs; a frozen weight (rank > 0) needs no gradient.
+    """Return the matrix FLOPs that an example needs; frozen weights (rank > 0) need no gradient.
 
-    `own` and `prefix` are its tokens and its share of the common prefix's. The last block makes
-    keys and values everywhere, the rest at the positions of the answer's tokens, of a label and
-    end-of-text as a rule; so does the head. Attention's own products, some 2 %, are left out.
+    `own` counts its tokens after the prefix, `prefix` its share of the prefix's tokens. The last
+    block computes keys and values at all positions, but everything else only at the `answers`
+    positions, as the output layer does. Attention's own products, about 2 %, are not counted.
     """
     C = shape.n_embd
     everywhere = (own + prefix) * (12 * (shape.n_layer - 1) + 3) * C * C
     forward = 2 * (everywhere + answers * (9 * C * C + shape.vocab_size * C))
-    if verb == "score":  # and each answer token but the last passes all blocks to give the next one
+    if verb == "score":  # each answer token but the last passes all blocks to give the next
         return forward + 2 * (answers - 1) * 12 * C * C * (shape.n_layer - 1)
     if not rank:
         return 3 * forward

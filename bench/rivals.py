@@ -2,8 +2,8 @@
 
 `HandoutStyle` is the usual homework solution: padded batches, logits at every position, a dense
 `B @ A` in every forward, a float32 model that never merges, and scoring of one review at a time
-without a cache. `PeftStyle` is `transformers` with `peft`, as their documentation uses them. Both
-compute what ours computes: the tests compare losses, gradients and answers.
+without a cache. `PeftStyle` is `transformers` with `peft`, as their documentation uses them. The
+tests check that both compute the same losses, gradients and answers as ours.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from runtime.optimizer import configure_optimizer
 from tasks.sources import Record
 from train import TrainConfig, train_step
 
-NEW_TOKENS = 5  # that every contender generates for an answer
+NEW_TOKENS = 5  # that every contender generates per review, unless it stops at end-of-text
 
 
 class Ours:
@@ -72,7 +72,7 @@ class DenseLoRALinear(LoRALinear):
 
 
 def padded(loader: CustomDataLoader, records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return whole prompts with answers (B, T), their targets and their mask, padded right."""
+    """Return prompts with answers, targets and mask, each (B, T) and padded on the right."""
     examples = [loader.encode(record) for record in records]
     rows = [example.prompt + example.answer for example in examples]
     targets = [[IGNORE] * len(example.prompt) + example.answer for example in examples]
@@ -88,7 +88,7 @@ class Baseline:
 
     def __init__(self, config: TrainConfig, block_size: int, device: torch.device) -> None:
         self.device = device
-        self.micro_batch = 4 if device.type == "cpu" else 32  # on a CPU 16 is slower
+        self.micro_batch = 4 if device.type == "cpu" else 32  # 16 is slower on a CPU
         self.loader = CustomDataLoader(config.dataset, SentimentTask(), block_size)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2.5e-4, weight_decay=0.1)
@@ -119,7 +119,7 @@ class HandoutStyle(Baseline):
         super().__init__(config, self.model.config.block_size, device)
 
     def save(self, folder: Path) -> None:
-        """Save the whole frozen model with the optimizer, as that code does."""
+        """Save the whole model, frozen weights included, and the optimizer, as such code does."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "ckpt.pt")
 
@@ -154,7 +154,7 @@ class PeftStyle(Baseline):
     score_batch = 16
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
-        from peft import LoraConfig, get_peft_model  # for this contender only: slow to import
+        from peft import LoraConfig, get_peft_model  # slow to import; needed only here
         from transformers import GPT2LMHeadModel
 
         base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""Checkpoint formats on disk."""
+"""Read and write checkpoints in each format."""

@@ -18,13 +18,13 @@ from torch import Tensor
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it on success and vanishes otherwise.
 
-    Raises OSError naming `path` where it cannot be written, as on a full disk.
+    Raises OSError naming `path` if it cannot be written, as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows syncs only what could be written
+        with open(temporary, "r+b") as file:  # Windows syncs only files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -80,7 +80,7 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
         for name in names:
-            with safe_open(path, "pt") as file:  # its pages stay mapped until it is closed
+            with safe_open(path, "pt") as file:  # closing the file unmaps its pages
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None

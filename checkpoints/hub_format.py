@@ -36,7 +36,7 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 def read_hub_shape(name_or_dir: str) -> dict[str, Any]:
     """Return the fields of `model.GPTConfig` that a GPT-2 checkpoint's `config.json` fixes.
 
-    Raises ValueError for another architecture, OSError for a file missing or out of reach.
+    Raises ValueError for another architecture, OSError if the file is missing or unreachable.
     """
     hub = read_json(_find(name_or_dir, CONFIG))
     for field, allowed in HUB_FIXED.items():
@@ -51,7 +51,7 @@ def read_hub_shape(name_or_dir: str) -> dict[str, Any]:
 def read_hub_layout(name_or_dir: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the shape, as `read_hub_shape` does, and the float32 weights of a GPT-2 checkpoint.
 
-    Raises as it does, and ValueError for a damaged file.
+    Raises the same errors, and ValueError for a damaged file.
     """
     shape = read_hub_shape(name_or_dir)
     weights = {}
@@ -76,7 +76,7 @@ def write_hub_layout(
 
 
 def _find(name_or_dir: str, file: str) -> Path:
-    """Return the path of a checkpoint's `file`, from a local folder or from the hub."""
+    """Return the path of a checkpoint's `file` in a local folder or in the hub's cache."""
     folder = ROOT / "assets" / "gpt2-mini" if name_or_dir == "gpt2-mini" else Path(name_or_dir)
     if folder.is_dir():
         if not (folder / file).is_file():
@@ -89,7 +89,7 @@ def _find(name_or_dir: str, file: str) -> Path:
         # Ask once first: if the hub is out of reach, the download would retry for 23 s.
         get_hf_file_metadata(hf_hub_url(name_or_dir, file))
         return Path(hf_hub_download(name_or_dir, file))
-    except Exception as error:  # the hub's client lets its HTTP library's errors through
+    except Exception as error:  # the hub's client does not wrap its HTTP library's errors
         reason = " ".join(str(error).split())
         raise OSError(
             f"{name_or_dir!r} is no folder here and the hub did not give its {file}: {reason}"

@@ -16,7 +16,7 @@ PEFT_MATH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "
 
 
 def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
-    """Write the adapters of `model` in PEFT's layout, with the name of their `base_model`."""
+    """Write the adapters of `model` in PEFT's layout, and the name of their `base_model`."""
     config, tensors = peft_state_dict(model)
     write_json(Path(folder) / ADAPTER_CONFIG, config | {"base_model_name_or_path": base_model})
     write_tensors(Path(folder) / ADAPTER, tensors)
@@ -31,8 +31,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
 def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the adapter as PEFT stores it: the fields of its `LoraConfig`, and its tensors.
 
-    PEFT has one pair per layer, so a layer of G groups becomes the equal adapter of rank G·r with a
-    block-diagonal B; alpha grows with it, so that the scaling stays the same.
+    PEFT has one pair per layer. A layer with G groups of rank r becomes an equivalent adapter of
+    rank G·r with a block-diagonal B; alpha grows likewise and keeps the scaling unchanged.
+    Raises ValueError if `model` has no adapters.
     """
     layers, targets, tensors, ranks, alphas = lora_layers(model), set(), {}, {}, {}
     if not layers:
@@ -63,8 +64,8 @@ def load_peft_state_dict(
 ) -> None:
     """Load what `peft_state_dict` returned, or what PEFT trained with the same settings.
 
-    Raises ValueError, before anything is loaded, if a setting that changes the mathematics, a
-    name or a shape differs from the model's, or if a grouped layer's B is not block diagonal.
+    Raises ValueError, before anything is loaded, if a name, a shape or a setting that changes the
+    mathematics differs from the model's, or if a grouped layer's B is not block diagonal.
     """
     expected_config, expected = peft_state_dict(model)
     for key in PEFT_MATH:

@@ -1,1 +1,1 @@
-"""What a decoder brings beside its weights."""
+"""The parts of a language model beside its weights: the tokenizer."""

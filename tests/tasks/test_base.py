@@ -279,7 +279,8 @@ def test_prompt_without_a_token_is_refused(questions: str) -> None:
 def test_preset_halves_the_perplexity_within_a_few_steps(tmp_path: Path) -> None:
     """The whole preset takes two minutes; `docs/programming-questions.md` has its figures."""
     preset = str(ROOT / "config" / "python_codes_mini.py")
-    config = configure(TrainConfig, [preset, f"out_dir={tmp_path}", "max_iters=12", "test_size=4",
-                                     "warmup_iters=2", "eval_interval=12", "dtype=float32"])
+    config = configure(TrainConfig, [preset, f"out_dir={tmp_path}", "max_iters=12", "test_size=2",
+                                     "warmup_iters=2", "eval_interval=12", "dtype=float32",
+                                     "eval_iters=1", "eval_batch_size=4"])
     results = train(config)
     assert results["last"]["perplexity"] < 0.5 * results["base"]["perplexity"]
