@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al., 2019) in nanoGPT's shape, with LoRA on selected projections.
 
-Dimensions: B batch, T tokens, P tokens of a shared prefix, S keys that a row can see after it,
-W wanted positions, C width (n_embd), H heads, D = C / H, V vocabulary. Tensor names are GPT-2's, so
-that its published checkpoints load unchanged.
+Dimensions: B batch, T tokens, P tokens of a shared prefix, S tokens of a row after it, W positions
+that need an output, C width (n_embd), H heads, D = C / H, V vocabulary. Tensor names are GPT-2's,
+so that its published checkpoints load unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from runtime.kv_cache import Cache, KeyValue
 IGNORE = -100  # target of a position that is not supervised
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 Prefix = list[KeyValue]  # of all layers, of batch 1
-Store = Callable[[Tensor, Tensor], KeyValue]  # takes new keys and values, returns all of a row
+Store = Callable[[Tensor, Tensor], KeyValue]  # appends keys and values, returns those of all tokens
 
 
 class Projection(LoRALinear):
@@ -90,14 +90,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, prefix: KeyValue | None, mask: Tensor | None, wanted: Tensor | None,
+        self, x: Tensor, prefix: KeyValue | None, mask: Tensor | None, at: Tensor | None,
         store: Store | None,
     ) -> tuple[Tensor, KeyValue]:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if wanted is not None:
-            q = at_positions(q.transpose(1, 2), wanted).transpose(1, 2)  # (B, H, W, D)
+        if at is not None:
+            q = at_positions(q.transpose(1, 2), at).transpose(1, 2)  # (B, H, W, D)
         if store is not None:
             k, v = store(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, prefix, mask, self.dropout if self.training else 0.0)
@@ -126,16 +126,16 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, prefix: KeyValue | None = None, mask: Tensor | None = None,
-        wanted: Tensor | None = None, store: Store | None = None,
+        at: Tensor | None = None, store: Store | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """Return the output and the keys and values of `x` (B, T, C).
+        """Return the output for `x` (B, T, C), and the rows' own keys and values.
 
-        With `wanted` (B, W) the output is computed only at these positions. `store` puts keys and
-        values into a cache and returns all of them.
+        The output is (B, T, C), or (B, W, C) at the positions `at` (B, W). `store` appends the keys
+        and values of `x` to a cache and returns all that it holds.
         """
-        attended, present = self.attn(self.ln_1(x), prefix, mask, wanted, store)
-        x = attended + (x if wanted is None else at_positions(x, wanted))
-        return x + self.mlp(self.ln_2(x)), present
+        attended, own = self.attn(self.ln_1(x), prefix, mask, at, store)
+        x = attended + (x if at is None else at_positions(x, at))
+        return x + self.mlp(self.ln_2(x)), own
 
 
 class GPT(nn.Module):
@@ -155,7 +155,7 @@ class GPT(nn.Module):
             self._init_weight(name, parameter)
 
     def _init_weight(self, name: str, parameter: Tensor) -> None:
-        """GPT-2 paper, section 2.3: N(0, 0.02), projections into the residual scaled down."""
+        """Draw from N(0, 0.02), scaled down into the residual stream (GPT-2 paper, section 2.3)."""
         if is_lora_name(name) or ".ln_" in name:
             return
         if name.endswith("bias"):
@@ -174,10 +174,10 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
 
-        Without `targets` the logits are (B, T, V) and the loss is None. With `targets` (B, T),
-        each the token after its position or -100, logits are (supervised positions, V) in
-        row-major order and the loss is their mean cross-entropy in nats a token; with
-        `reduction="none"` it is that of each position.
+        Without `targets` the logits are (B, T, V) and the loss is None. `targets` (B, T) holds the
+        token after each position, or -100 where none is supervised. With it the logits are
+        (supervised positions, V) in row-major order and the loss is their mean cross-entropy in
+        nats per token; with `reduction="none"` it is the cross-entropy of each position.
 
         Raises ValueError if the sequence with its past is longer than the block size.
         """
@@ -185,11 +185,11 @@ class GPT(nn.Module):
         if targets is None:
             return self._head(self._run_blocks(idx, past)[0]), None
         supervised = targets != IGNORE  # (B, T)
-        # The supervised positions of each row in order, then others in rows that have fewer.
+        # Each row's supervised positions in order; rows with fewer are filled with other positions.
         most = int(supervised.sum(dim=1).max())
-        wanted = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
-        x, _ = self._run_blocks(idx, past, wanted)
-        logits = self._head(x[supervised.gather(1, wanted)])
+        at = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
+        x, _ = self._run_blocks(idx, past, at)
+        logits = self._head(x[supervised.gather(1, at)])
         return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
 
     def prefill(self, idx: Tensor) -> Prefix:
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         if not idx.numel():
             return []
         self._check_length(idx.size(1))
-        return self._run_blocks(idx, wanted=idx.new_empty(1, 0))[1]
+        return self._run_blocks(idx, at=idx.new_empty(1, 0))[1]
 
     def _check_length(self, length: int) -> None:
         limit = self.config.block_size
@@ -207,37 +207,37 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
 
     def _run_blocks(
-        self, idx: Tensor, prefix: Prefix | None = None, wanted: Tensor | None = None,
+        self, idx: Tensor, prefix: Prefix | None = None, at: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Prefix]:
-        """Return the final hidden states of `idx` (B, T), and its keys and values.
+        """Return the final hidden states of `idx` (B, T), and its keys and values in each layer.
 
-        The states are (B, T, C), or (B, W, C) at the positions `wanted` (B, W): at the others the
-        last block computes only keys and values. An empty `cache` takes the prompts, a filled one
-        the next token of each row.
+        The states are (B, T, C), or (B, W, C) at the positions `at` (B, W): the last block computes
+        only keys and values at all others. An empty `cache` takes the prompts, a used one the next
+        token of each row.
         """
         P, T = prefix_length(prefix), idx.size(1)
         positions, mask = torch.arange(P, P + T, device=idx.device), None
         if cache is not None and cache.used:
             positions, mask = P + cache.next_positions(), cache.next_mask()
-        # The residual stream keeps the precision of the layer norms, whatever the matrices have.
+        # The residual stream has the precision of the layer norms, not that of the matrices.
         dtype = self.transformer.ln_f.weight.dtype
         x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
         x = self.transformer.drop(x)  # (B, T, C)
-        presents = []
+        keys_and_values = []
         for layer, block in enumerate(self.transformer.h):
-            chosen = wanted if layer == self.config.n_layer - 1 else None
-            if chosen is not None:  # (B, 1, W, T)
-                mask = torch.arange(T, device=idx.device) <= chosen[:, None, :, None]
             store = partial(cache.append, layer) if cache is not None else None
-            x, present = block(x, prefix[layer] if prefix else None, mask, chosen, store)
-            presents.append(present)
+            chosen = at if layer == self.config.n_layer - 1 else None
+            if chosen is not None:
+                mask = torch.arange(T, device=idx.device) <= at[:, None, :, None]  # (B, 1, W, T)
+            x, own = block(x, prefix[layer] if prefix else None, mask, chosen, store)
+            keys_and_values.append(own)
         if cache is not None:
             cache.advance(T)
-        return self.transformer.ln_f(x), presents
+        return self.transformer.ln_f(x), keys_and_values
 
     def _head(self, x: Tensor) -> Tensor:
-        """Return logits in the embedding's own precision: 16 bits would tie the label words."""
+        """Return logits in the embedding's precision: 16 bits would make label words equal."""
         weight = self.transformer.wte.weight
         with torch.autocast(x.device.type, enabled=False):
             return linear(x.to(weight.dtype), weight)  # (..., C) x (C, V) -> (..., V)
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         past: Prefix | None = None,
     ) -> Tensor:
-        """Return `idx` (B, T) followed by up to `max_new_tokens` new tokens a row.
+        """Return `idx` (B, T) followed by up to `max_new_tokens` new tokens per row.
 
         Rows that have ended are padded with end-of-text; generation stops when all have ended.
         """
@@ -264,36 +264,32 @@ class GPT(nn.Module):
         greedy. Without `past` and `lengths`, generation continues beyond the block size with the
         last `block_size` tokens.
 
-        Raises ValueError if it would have to with a `past` or with `lengths`.
+        Raises ValueError if rows with a `past` or with `lengths` would exceed the block size.
         """
-        P, limit = prefix_length(past), self.config.block_size
-        if lengths is not None or past is not None:
-            longest = idx.size(1) if lengths is None else int(lengths.max())
-            if P + longest + max_new_tokens - 1 > limit:
-                raise ValueError(
-                    f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
-        context = tokens = idx[:, -limit:]
-        cache = self._cache(context, lengths, max_new_tokens)
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        limit = self.config.block_size
+        room = limit - prefix_length(past)
+        longest = idx.size(1) if lengths is None else int(lengths.max())
+        if (past is not None or lengths is not None) and longest + max_new_tokens - 1 > room:
+            raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
+        context = tokens = idx[:, :longest][:, -room:]  # (B, T)
+        B, T = context.shape
+        lengths = idx.new_full((B,), T) if lengths is None else lengths
+        cache = Cache(lengths, slots=min(T + max_new_tokens - 1, room))
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            wanted = None if cache.used else (cache.lengths - 1)[:, None]  # (B, 1)
-            x, _ = self._run_blocks(tokens, past, wanted, cache)
-            logits = self._head(x[:, -1])
-            token = choose_token(logits, temperature, top_k)
-            token = token.masked_fill(ended[:, None], END_OF_TEXT)
-            yield logits, token
-            ended |= token[:, 0] == END_OF_TEXT
+            if cache.is_full():  # the window slides, which changes the position of every token
+                cache.restart(torch.full_like(lengths, room))
+                tokens = context
+            at = None if cache.used else cache.lengths[:, None] - 1  # (B, 1)
+            x, _ = self._run_blocks(tokens, past, at, cache)
+            logits = self._head(x[:, -1])  # (B, V)
+            tokens = choose_token(logits, temperature, top_k).masked_fill(
+                ended[:, None], END_OF_TEXT)  # (B, 1)
+            yield logits, tokens
+            ended |= tokens[:, 0] == END_OF_TEXT
             if ended.all():
                 return
-            context, tokens = torch.cat((context, token), dim=1)[:, -limit:], token
-            if P + cache.used == limit:  # the window slides, and every token changes its position
-                tokens, cache = context, self._cache(context, None, 1)
-
-    @staticmethod
-    def _cache(context: Tensor, lengths: Tensor | None, max_new_tokens: int) -> Cache:
-        B, T = context.shape
-        lengths = torch.full((B,), T, device=context.device) if lengths is None else lengths
-        return Cache(lengths, T + max_new_tokens - 1)
+            context = torch.cat((context, tokens), dim=1)[:, -room:]
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":
@@ -305,7 +301,7 @@ class GPT(nn.Module):
         that are missing or out of reach.
         """
         shape, weights = read_hub_layout(name_or_dir)
-        with torch.device("meta"):  # the file brings the weights: allocate and draw nothing twice
+        with torch.device("meta"):  # the weights come from the file: do not initialise any
             model = cls(GPTConfig(**shape, **changes))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
         check_state(base, weights, name_or_dir)
@@ -317,7 +313,7 @@ class GPT(nn.Module):
         return model
 
     def store_frozen_projections(self, dtype: torch.dtype) -> None:
-        """Keep frozen projections in the compute `dtype`; autocast would cast them at every use."""
+        """Convert frozen projections to the compute `dtype` once, instead of at every use."""
         for module in self.modules():
             if isinstance(module, LoRALinear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.data.to(dtype)
@@ -358,9 +354,9 @@ class SharedPrefix:
             torch.autograd.backward(tensors, gradients)
 
 
-def at_positions(x: Tensor, positions: Tensor) -> Tensor:
-    """Return `x` (B, T, ...) at `positions` (B, W): (B, W, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], positions]
+def at_positions(x: Tensor, at: Tensor) -> Tensor:
+    """Return `x` (B, T, ...) at the positions `at` (B, W): (B, W, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
 def prefix_length(prefix: Prefix | None) -> int:
@@ -371,7 +367,7 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
     """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1, keepdim=True)
-    # Relative to the largest, so that no temperature overflows.
+    # Subtract the largest logit first, so that no temperature overflows.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)

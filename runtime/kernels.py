@@ -1,6 +1,6 @@
 """Linear layers and attention, computed with the fastest of torch's kernels.
 
-Dimensions as in `model.py`; S is the number of keys that rows have of their own.
+Dimensions as in `model.py`.
 """
 
 from functools import lru_cache
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 def onednn_is_faster() -> bool:
     """Return whether oneDNN is faster than MKL, which uses only AVX2 on AMD's AVX-512 processors.
 
-    By what the machine is, not by a measurement: a resumed run must take the path it took before.
+    The answer depends on the machine and on no measurement, so that a resumed run takes the same
+    path as before.
     """
     cpuinfo = Path("/proc/cpuinfo")
     return (
@@ -31,7 +32,7 @@ def onednn_is_faster() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`, (..., in) x (out, in) -> (..., out), as `F.linear` does.
 
-    float32 on a CPU goes through oneDNN where that is faster; all else is `F.linear` itself.
+    It calls oneDNN for float32 on a CPU if that is faster, and `F.linear` otherwise.
     """
     plain = (
         x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu"
@@ -72,8 +73,9 @@ def attend(
 ) -> Tensor:
     """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a shared prefix and each row's keys.
 
-    q is (B, H, T, D), k and v are (B, H, S, D), `prefix` holds keys and values (1, H, P, D).
-    `mask` (B or 1, 1, T, S) is True where an own key is seen; None is causal, with S = T.
+    q is (B, H, T, D); k and v, of each row's own tokens, are (B, H, S, D); `prefix` holds keys and
+    values (1, H, P, D) that all queries see. `mask` (B or 1, 1, T, S) is True where a query sees an
+    own key; without it attention is causal and S = T.
     """
     if prefix is None:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
@@ -95,15 +97,16 @@ def _attend_in_parts(
     """Attend to the prefix for all rows in one product per head, without a copy for each row."""
     (B, H, T, D), S = q.shape, k.size(2)
     prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
-    q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))
-    rows, scale = q.view(H, B * T, D), D**-0.5
-    unseen = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    unseen = unseen.transpose(0, 1).expand(H, B, T, S).flatten(0, 1)  # (H·B, T, S)
-    to_prefix = torch.baddbmm(q.new_zeros(()), rows, prefix_k.mT, beta=0, alpha=scale)
-    to_own = torch.baddbmm(unseen, q, k.mT, alpha=scale)  # (H·B, T, S)
+    q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))  # (H·B, T or S, D)
+    all_q, scale = q.view(H, B * T, D), D**-0.5
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    bias = bias.transpose(0, 1).expand(H, B, T, S).flatten(0, 1)  # (H·B, T, S)
+    to_prefix = torch.baddbmm(
+        q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
+    to_own = torch.baddbmm(bias, q, k.mT, alpha=scale)  # (H·B, T, S)
     scores = torch.cat((to_prefix.view(H * B, T, -1), to_own), dim=-1)  # (H·B, T, P+S)
     weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
     on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
-    y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)
+    y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)  # (H, B·T, P) x (H, P, D)
     y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
-    return y.view(H, B, T, D).transpose(0, 1)
+    return y.view(H, B, T, D).transpose(0, 1)  # (B, H, T, D)

@@ -1,4 +1,4 @@
-"""GPT-2 computes what transformers computes, and each shortcut what the plain computation gives."""
+"""GPT-2 computes what transformers computes, and each fast path equals the plain computation."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +17,7 @@ from checkpoints.hub_format import END_OF_TEXT
 from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, LORA_TARGETS, SIZES, GPTConfig
 from runtime.device import autocast
+from runtime.kv_cache import Cache, KeyValue
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
 MODULES = {target: target for target in LORA_TARGETS} | {"c_attn": "attn.c_attn"}
@@ -26,7 +27,7 @@ equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def make(**changes: Any) -> GPT:
-    """A tiny model whose every parameter, B and biases too, is far from doing nothing."""
+    """Make a tiny model in which every parameter, B and biases too, changes the output."""
     model = GPT(replace(TINY, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,13 +40,13 @@ def ids(*shape: int) -> Tensor:
 
 
 def pick_targets(idx: Tensor, supervised: Tensor) -> Tensor:
-    """The next token where `supervised`, -100 elsewhere."""
+    """Return the next token where `supervised`, -100 elsewhere."""
     return F.pad(idx[:, 1:], (0, 1), value=0).masked_fill(~supervised, IGNORE)
 
 
 @torch.no_grad()
 def recompute_greedily(model: GPT, idx: Tensor, steps: int) -> Tensor:
-    """Greedy decoding without a cache, over the last block_size tokens."""
+    """Decode greedily without a cache, over the last block_size tokens."""
     for _ in range(steps):
         logits, _ = model(idx[:, -model.config.block_size :])
         idx = torch.cat((idx, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -118,6 +119,14 @@ def test_greedy_generation_equals_full_recomputation(prompt: int, steps: int) ->
     equal(model.generate(idx, steps, temperature=0), recompute_greedily(model, idx, steps))
 
 
+@pytest.mark.parametrize("prompt", [10, 16, 23])
+def test_logits_of_the_sliding_window_equal_recomputation(prompt: int) -> None:
+    model, idx = make(block_size=16, **ADAPTERS).eval(), ids(3, prompt)
+    for logits, token in model.stream(idx, 12, temperature=0):
+        close(logits, model(idx[:, -16:])[0][:, -1])
+        idx = torch.cat((idx, token), dim=1)
+
+
 @pytest.mark.parametrize("prompt", [6, 14, 20])
 def test_batched_generation_equals_single(prompt: int) -> None:
     model, idx = make(block_size=16).eval(), ids(4, prompt)
@@ -138,6 +147,78 @@ def test_padded_rows_stream_what_each_would_alone(prefix_length: int) -> None:
         equal(model.generate(prompt, 8, temperature=0, past=past)[:, length:], alone[:, -8:])
         logits = torch.stack([logits[row] for logits, _ in steps])
         close(logits, model(alone[:, :-1])[0][0, -8:])
+
+
+@pytest.mark.parametrize("width", [10, 14, 20])  # 20 is wider than the block
+@pytest.mark.parametrize("with_past", [False, True])
+def test_padding_beyond_the_longest_row_changes_nothing(width: int, with_past: bool) -> None:
+    model, idx, lengths = make(block_size=20).eval(), ids(2, 10), torch.tensor([10, 4])
+    past = model.prefill(ids(1, 5)) if with_past else None
+    padded = F.pad(idx, (0, width - 10), value=7)
+    expected = model.stream(idx, 6, temperature=0, past=past, lengths=lengths)
+    found = model.stream(padded, 6, temperature=0, past=past, lengths=lengths)
+    equal(list(found), list(expected))
+
+
+@pytest.fixture
+def appended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, KeyValue]]:
+    """Record what each cache holds after each append: its id, the layer, its keys and values."""
+    held = []
+
+    class RecordedCache(Cache):
+        def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
+            all_of_layer = super().append(layer, k, v)
+            held.append((id(self), layer, all_of_layer))
+            return all_of_layer
+
+    monkeypatch.setattr("model.Cache", RecordedCache)
+    return held
+
+
+# Within the block, across its end, longer than it.
+@pytest.mark.parametrize(("prompt", "steps", "slots"), [(5, 6, 10), (10, 12, 16), (23, 4, 16)])
+def test_cache_allocates_its_memory_once(
+    appended: list[tuple[int, int, KeyValue]], prompt: int, steps: int, slots: int
+) -> None:
+    list(make(block_size=16).eval().stream(ids(3, prompt), steps, temperature=0))
+    assert len(appended) == 2 * steps  # layers · steps
+    addresses = {(cache, layer, *(tensor.data_ptr() for tensor in pair))
+                 for cache, layer, pair in appended}
+    assert len(addresses) == 2  # one pair of buffers per layer
+    sizes = {tensor.untyped_storage().nbytes() for _, _, pair in appended for tensor in pair}
+    assert sizes == {4 * 3 * slots * TINY.n_embd}  # bytes of float32 · B · slots · H · D
+
+
+def test_cache_holds_the_keys_and_values_of_prefill(
+    appended: list[tuple[int, int, KeyValue]]
+) -> None:
+    model, idx = make().eval(), ids(1, 6)
+    new = torch.cat([token for _, token in model.stream(idx, 4, temperature=0)], dim=1)
+    last_of_layers = [pair for _, _, pair in appended[-2:]]
+    close(last_of_layers, model.prefill(torch.cat((idx, new[:, :-1]), dim=1)))
+
+
+def test_cache_has_the_dtype_that_autocast_computes_in(
+    appended: list[tuple[int, int, KeyValue]]
+) -> None:
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        list(make().eval().stream(ids(2, 5), 3, temperature=0))
+    assert {tensor.dtype for _, _, pair in appended for tensor in pair} == {torch.bfloat16}
+
+
+def test_cache_gives_positions_and_mask_without_the_padding() -> None:
+    cache, prompt = Cache(torch.tensor([3, 1]), slots=5), torch.zeros(2, 1, 3, 4)
+    cache.append(0, prompt, prompt)
+    cache.advance(3)
+    equal(cache.next_positions(), torch.tensor([[3], [1]]))
+    seen = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    equal(cache.next_mask(), seen[:, None, None])
+    cache.advance(1)
+    equal(cache.next_positions(), torch.tensor([[4], [2]]))
+    equal(cache.next_mask(), F.pad(seen, (0, 1), value=True)[:, None, None])
+    assert not cache.is_full()
+    cache.advance(1)
+    assert cache.is_full()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +261,7 @@ def test_gradient_flows_through_prefill() -> None:
 
 
 def make_ending() -> GPT:
-    """A model that says end-of-text after the first position and token 3 after every other."""
+    """Make a model that says end-of-text after the first position and token 3 after every other."""
     model = GPT(GPTConfig(block_size=64, vocab_size=END_OF_TEXT + 1, n_layer=1, n_head=1, n_embd=8))
     say_end, say_three = torch.tensor([[1.0, -1, 0, 0, 0, 0, 0, 0], [0, 0, 1, -1, 0, 0, 0, 0]])
     with torch.no_grad():
@@ -203,7 +284,7 @@ def test_ended_rows_are_filled_with_end_of_text() -> None:
     idx, lengths = torch.tensor([[5, 0], [6, 7]]), torch.tensor([1, 2])
     steps = list(make_ending().stream(idx, 4, temperature=0, lengths=lengths))
     equal(join_tokens(steps), torch.tensor([[END_OF_TEXT] * 4, [3] * 4]))
-    assert steps[1][0][0].argmax() == 3  # left to itself the first row would have gone on
+    assert steps[1][0][0].argmax() == 3  # without the padding the first row would continue
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 2.0, "top_k": 1}])

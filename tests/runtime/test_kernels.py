@@ -1,4 +1,4 @@
-"""The fast products are the plain ones: same values, same gradients."""
+"""The fast kernels equal the plain computation in values and gradients."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def values_and_gradients(function: Any, *inputs: Tensor | None) -> list[Tensor]:
-    """The output, and the gradients of a random projection of it for each input that has one."""
+    """Return the output, and the gradient of a weighted sum of it for each input that needs one."""
     y = function(*inputs)
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
@@ -28,7 +28,7 @@ def values_and_gradients(function: Any, *inputs: Tensor | None) -> list[Tensor]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "onednn"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both paths, wherever torch has oneDNN; which is faster does not matter here."""
+    """Take both paths wherever torch has oneDNN, whichever is faster."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(kernels, "onednn_is_faster", lambda: request.param)
@@ -67,7 +67,7 @@ def test_frozen_weight_gets_no_gradient_and_its_input_is_not_kept(onednn: bool) 
     close(x.grad, weight.sum(dim=0).expand(5, 7))
 
 
-def test_autocast_and_other_precisions_are_left_to_torch(onednn: bool) -> None:
+def test_torch_computes_autocast_and_other_precisions(onednn: bool) -> None:
     x, weight = torch.randn(5, 7), torch.randn(11, 7)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
@@ -75,14 +75,14 @@ def test_autocast_and_other_precisions_are_left_to_torch(onednn: bool) -> None:
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
-def test_path_is_a_property_of_the_machine() -> None:
+def test_choice_of_kernel_depends_only_on_the_machine() -> None:
     assert kernels.onednn_is_faster() == kernels.onednn_is_faster.__wrapped__()
 
 
 def joint_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
 ) -> Tensor:
-    """Attention by its formula, over the prefix's copies and own keys."""
+    """Compute attention by its formula, over copies of the prefix and own keys."""
     k, v = (torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
             for shared, own in ((prefix_k, k), (prefix_v, v)))
     scores = q @ k.transpose(2, 3) / q.size(-1) ** 0.5
@@ -97,7 +97,7 @@ PADDED = torch.arange(6) <= torch.tensor([2, 5, 3])[:, None, None, None]  # (3, 
 @pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])  # 5 tokens < 2 · 4
 @pytest.mark.parametrize(("mask", "given"), [(CAUSAL, None), (CAUSAL, CAUSAL), (PADDED, PADDED)],
                          ids=["causal by default", "causal", "padded"])
-def test_attention_to_a_shared_prefix_is_that_to_its_copies(
+def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
     width: int, mask: Tensor, given: Tensor | None
 ) -> None:
     tokens, keys = mask.shape[2:]
