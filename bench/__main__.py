@@ -1,11 +1,11 @@
-"""Measure speed and memory side by side: ours, the handout's way, transformers with peft.
+"""Compare the speed and memory of this package, a homework solution, and transformers with peft.
 
-python -m bench                               GPT-2's 124M shape, everything
-python -m bench what=train,score              under six minutes on two cores
-python -m bench what=growth model=gpt2-mini   how the cost of ours grows
+python -m bench                               all measurements, on GPT-2's 124M shape
+python -m bench what=train,score              the comparison, under six minutes on two cores
+python -m bench what=growth model=gpt2-mini   how our cost grows; needs no rivals
 
-Weights are random, of GPT-2's shape, made so that the model answers as a fine-tuned one does: a
-label word, then end-of-text. Each contender has a process of its own; they take turns.
+The weights are random, but the model answers as a fine-tuned one does: with a label word, then
+end-of-text. Each contender runs in a separate process; the processes take turns.
 """
 
 import random
@@ -30,6 +30,7 @@ from runtime.device import (
     DTYPES,
     DeviceConfig,
     describe,
+    dtype_name,
     out_of_memory_told,
     resolve_device,
     resolve_dtype,
@@ -41,7 +42,7 @@ from train import TrainConfig
 
 Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 PARTS = ("train", "score", "growth")
-WINDOW = 128  # reviews of one optimizer step
+WINDOW = 128  # reviews per optimizer step
 RIVALS = ("handout", "peft")
 MIB = 2**20
 
@@ -51,39 +52,39 @@ class BenchConfig(DeviceConfig):
     """Settings of `python -m bench`."""
 
     model: Annotated[Size, "shape of the random weights"] = "gpt2"
-    what: Annotated[str, "of train, score and growth, with commas"] = "train,score,growth"
+    what: Annotated[str, "parts to measure: train, score, growth"] = "train,score,growth"
     lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1)] = 128
-    batch_size: Annotated[int, "reviews in one forward pass of ours", Bounds(1)] = 16
-    rounds: Annotated[int, "measurements of each, after a warm-up", Bounds(1)] = 5
+    batch_size: Annotated[int, "reviews in one of our forward passes", Bounds(1)] = 16
+    rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
-    seed: Annotated[int, "of weights and of the reviews drawn", Bounds(0)] = 1337
-    out_dir: Annotated[str, "folder of bench.json, bench.md and bench.png"] = "out/bench"
+    seed: Annotated[int, "seed of the weights and the choice of reviews", Bounds(0)] = 1337
+    out_dir: Annotated[str, "folder for bench.json, bench.md and bench.png"] = "out/bench"
 
 
 def require_rivals() -> None:
-    """Raise ValueError, naming the command that installs them, if the rivals are missing."""
+    """Raise ValueError if a rival is not installed, and name the command that installs it."""
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"bench compares with {' and '.join(missing)}; install it with: "
+        raise ValueError(f"what=train and what=score need {' and '.join(missing)}: "
                          "pip install -r requirements-dev.txt")
 
 
-def own_dtype(config: BenchConfig) -> str:
-    return str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch.")
+def compute_dtype(config: BenchConfig) -> str:
+    return dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
 
 
 def contenders(config: BenchConfig) -> list[Contender]:
     """Return ours in float32 and in the chosen dtype, and the rivals; slow ones get few reviews."""
     ours = [Contender("ours", dtype, WINDOW, WINDOW)
-            for dtype in dict.fromkeys(("float32", own_dtype(config)))]
+            for dtype in dict.fromkeys(("float32", compute_dtype(config)))]
     if resolve_device(config.device).type != "cpu":
         return ours + [Contender(way, "float32", WINDOW, WINDOW) for way in ("full", *RIVALS)]
     return [*ours, Contender("full", "float32", 32, 32), Contender("handout", "float32", 8, 4),
             Contender("peft", "float32", 8, 16)]
 
 
-def config_of(config: BenchConfig, contender: Contender) -> TrainConfig:
-    """Return the settings of a homework training run for one contender."""
+def training_config(config: BenchConfig, contender: Contender) -> TrainConfig:
+    """Return the homework's training settings for one contender."""
     rank = 0 if contender.way == "full" else config.lora_rank
     return TrainConfig(
         device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
@@ -96,8 +97,8 @@ def take_turns(
 ) -> tuple[dict[str, list[Measure]], dict[str, dict[str, float]]]:
     """Run `verb` in each contender once to warm up and then `rounds` times, in turns.
 
-    Returns the measures by contender, that of its checkpoint's size last, and by precision the
-    medians of the machine's peaks.
+    Returns each contender's measures, its checkpoint's size last, and the machine's median peaks
+    for each precision.
     """
     rng, device = random.Random(config.seed), resolve_device(config.device)
     workers: dict[str, Worker] = {}
@@ -105,8 +106,8 @@ def take_turns(
     peaks: dict[str, list[dict[str, float]]] = {rival.dtype: [] for rival in rivals}
     for turn in tqdm(range(config.rounds + 1), verb, unit="round"):
         for rival in rivals:
-            if turn == 0:  # not all at once: a start would disturb the first step of another
-                workers[rival.name] = Worker(rival, folder, config_of(config, rival))
+            if turn == 0:  # one after another: a start would slow another's first step down
+                workers[rival.name] = Worker(rival, folder, training_config(config, rival))
             chosen = spread(records, getattr(rival, verb), rng)
             measures[rival.name].append(workers[rival.name].ask(verb, chosen))
         for dtype, found in peaks.items():
@@ -119,7 +120,7 @@ def take_turns(
     return measures, medians
 
 
-def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
+def mean_tokens(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
     """Return the mean tokens of a review after the prefix, and its share of the window's prefix."""
     loader = CustomDataLoader(config.dataset, SentimentTask(), SHAPES[config.model].block_size)
     prompts = [loader.encode_prompt(record) for record in records]
@@ -130,7 +131,7 @@ def tokens_of(config: BenchConfig, records: Sequence[Record]) -> tuple[float, fl
 def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str, Any]:
     """Measure all contenders; return their speed and memory, and our ratios to the rivals."""
     records = SentimentTask().read(config.dataset, "train")
-    own, prefix = tokens_of(config, records)
+    own, prefix = mean_tokens(config, records)
     rivals = contenders(config)
     report: dict[str, Any] = {
         "contenders": {rival.name: {} for rival in rivals}, "ratios": {}, "spreads": {},
@@ -181,11 +182,11 @@ def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[R
 
 
 def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:
-    """Measure ours at one point: ms and MiB of training and of scoring, per review of `tokens`."""
+    """Measure ours once: ms per review and MiB of training and scoring reviews of `tokens`."""
     records = SentimentTask().read(config.dataset, "train")
     if tokens:
         records = sized_reviews(tokens, number, records)
-    contender = Contender("ours", own_dtype(config), number, number)
+    contender = Contender("ours", compute_dtype(config), number, number)
     point = {}
     for verb in ("train", "score"):
         measures, _ = take_turns([contender], verb, records, folder, config)
@@ -274,9 +275,9 @@ def write(report: dict[str, Any], out_dir: Path) -> None:
 def main(config: BenchConfig) -> None:
     parts = config.what.replace(",", " ").split()
     if not parts or set(parts) - set(PARTS):
-        raise ValueError(f"what={config.what!r} must be of {', '.join(PARTS)}, with commas")
+        raise ValueError(f"what={config.what!r} must list one or more of {', '.join(PARTS)}")
     verbs = [verb for verb in ("train", "score") if verb in parts]
-    if verbs:
+    if verbs:  # growth measures only ours
         require_rivals()
     report: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]), "settings": asdict(config),

@@ -21,7 +21,7 @@ from runtime.device import peak_memory, resolve_device, set_up_memory
 from tasks.sources import Record
 from train import TrainConfig
 
-# With the positions of the others, which long reviews take.
+# The embedded model has 256 positions; here it gets 1,024, for long reviews.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
 Way = Literal["ours", "full", "handout", "peft"]
 WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
@@ -41,16 +41,16 @@ class Contender(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """One answer of a worker."""
+    """What a worker returns for one call."""
 
     result: Any
     seconds: float
     memory: int  # peak bytes so far: allocated on CUDA, else resident
-    age: float  # seconds since the process was started
+    age: float  # seconds since the process started
 
 
 def work(pipe: Connection, way: Way, folder: str, config: TrainConfig, started: float) -> None:
-    """Serve one contender: answer each (verb, argument) with a `Measure`, until the pipe closes."""
+    """Run each (verb, argument) that `pipe` delivers; send a `Measure` back until it closes."""
     set_up_memory()
     device = resolve_device(config.device)
     contender = WAYS[way](folder, config, device)
@@ -85,19 +85,20 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, contender.way, folder, config, time.time())
         self.process = context.Process(target=work, args=arguments, daemon=True)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's
+        # The child inherits the handler: only the parent handles Ctrl-C.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
         signal.signal(signal.SIGINT, handler)
         theirs.close()
 
     def ask(self, verb: str, argument: Any) -> Measure:
-        """Raises OSError if the process has died."""
+        """Run one verb in the process; raise OSError if the process has died."""
         try:
             self.pipe.send((verb, argument))
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            raise OSError(f"{self.contender.name}: its process died with exit code "
+            raise OSError(f"{self.contender.name}: the process died with exit code "
                           f"{self.process.exitcode}") from None
 
     def stop(self) -> None:
@@ -107,9 +108,10 @@ class Worker:
 
 @contextmanager
 def random_checkpoint(size: str, seed: int) -> Iterator[str]:
-    """Make a folder with a random GPT-2 that answers all prompts with " positive", end-of-text.
+    """Yield a folder with a random GPT-2 that answers each prompt with " positive", end-of-text.
 
-    Channel 0 of the final state says "that word was just there", channel 1 that anything else was.
+    In the final state, channel 0 marks that the last token was " positive", channel 1 that it was
+    any other.
     """
     torch.manual_seed(seed)
     model = GPT(SHAPES[size])
@@ -118,7 +120,7 @@ def random_checkpoint(size: str, seed: int) -> Iterator[str]:
     with torch.no_grad():
         wte[:, :2] = 0.0
         wte[word, 0], wte[word, 1] = 10.0, 1.0
-        wte[END_OF_TEXT, 0] = -2.0  # the sign turns in the norm: the word does not follow itself
+        wte[END_OF_TEXT, 0] = -2.0  # the norm flips the sign: the word is followed by end-of-text
         norm.weight[0], norm.weight[1], norm.bias[1] = -1.0, 0.0, 20.0
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -127,7 +129,7 @@ def random_checkpoint(size: str, seed: int) -> Iterator[str]:
 
 
 def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[Record]:
-    """Return `number` records, in random order, of lengths spread as those of `records`."""
+    """Draw `number` records in random order, with lengths distributed as in `records`."""
     by_length = sorted(records, key=lambda record: len(record["text"]))
     size = len(by_length) / number
     return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)

@@ -1,4 +1,4 @@
-"""The state of a training run between two optimizer steps, as a file that holds no code."""
+"""Save and load the state of a training run between two optimizer steps, in a file without code."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ STATE_FILE = "trainer_state.pt"
 class TrainerState:
     """The parts of a run that change with every step: weights, optimizer, scaler, generators.
 
-    `weights` are the tensors that are trained; `restore` copies into them in place.
+    `weights` are the trained tensors; `restore` overwrites them in place.
     """
 
     def __init__(
@@ -37,20 +37,20 @@ class TrainerState:
         })
 
     def read(self, folder: Path, *progress: str) -> dict[str, Any]:
-        """Return the saved state, which must name every `progress`; nothing is restored yet.
+        """Return the saved state, which must hold each key in `progress`; restore nothing yet.
 
-        Raises ValueError if it is damaged or does not fit, OSError if there is none.
+        Raises ValueError if the file is damaged or lacks a key, OSError if it is missing.
         """
         path = folder / STATE_FILE
         state = read_state(path)
         needed = {"settings", "weights", "optimizer", "scaler", *progress}
         if missing := needed - state.keys():
-            raise ValueError(f"{path} is damaged or from another program: it lacks "
+            raise ValueError(f"{path} is damaged or another program's: it lacks "
                              f"{', '.join(sorted(missing))}")
         return state
 
     def restore(self, state: Mapping[str, Any], folder: Path, generators: bool = True) -> None:
-        """Copy a state that `read` returned into the run; with `generators` the random ones, too.
+        """Copy a state that `read` returned into the run, the random generators included or not.
 
         Raises ValueError if a part does not fit the run.
         """
@@ -71,7 +71,7 @@ class TrainerState:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, numbers and texts in nested containers."""
+    """Write nested containers of tensors, numbers and strings."""
     with atomic_write(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -80,7 +80,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote; code in the file is not run.
+    """Read a file that `write_state` wrote, without running any code in it.
 
     Raises ValueError if the file holds anything else, OSError if it is missing.
     """

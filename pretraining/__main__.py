@@ -1,7 +1,7 @@
 """Pretrain a small GPT-2 from random weights on movie reviews.
 
-python -m pretraining config/pretrain_mini.py                     makes assets/gpt2-mini
-python -m pretraining config/pretrain_mini.py init_from=resume    resumes it
+python -m pretraining config/pretrain_mini.py                     trains assets/gpt2-mini
+python -m pretraining config/pretrain_mini.py init_from=resume    resumes the run
 """
 
 import math
@@ -48,22 +48,22 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 class PretrainConfig(OptimizerConfig, NewFolderConfig, DeviceConfig):
     """Settings of `python -m pretraining`."""
 
-    init_from: Annotated[Literal["scratch", "resume"], "start anew, or resume"] = "scratch"
-    out_dir: Annotated[str, "folder of the run; its `model` is the result"] = "out/pretrain"
-    seed: Annotated[int, "of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
-    data: Annotated[str, "imdb (from the hub) or a folder with its three splits"] = "imdb"
-    passes: Annotated[int, "times a labelled review is cut into pieces", Bounds(1)] = 1
-    verdict_weight: Annotated[float, "of a verdict's first token in the loss", Bounds(0)] = 1.0
+    init_from: Annotated[Literal["scratch", "resume"], "start anew, or resume out_dir"] = "scratch"
+    out_dir: Annotated[str, "folder of the run; model/ holds the result"] = "out/pretrain"
+    seed: Annotated[int, "seed of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
+    data: Annotated[str, "imdb (from the hub) or a folder with its splits"] = "imdb"
+    passes: Annotated[int, "times each labelled review is split into pieces", Bounds(1)] = 1
+    verdict_weight: Annotated[float, "loss weight of a verdict's first token", Bounds(0)] = 1.0
     n_layer: Annotated[int, "transformer blocks", Bounds(1)] = 4
     n_head: Annotated[int, "attention heads", Bounds(1)] = 4
     n_embd: Annotated[int, "width", Bounds(1)] = 256
     block_size: Annotated[int, "tokens in a row, and the model's longest input", Bounds(1)] = 256
     dropout: Annotated[float, "GPT-2's own dropout", Bounds(0, 1)] = 0.0
     batch_size: Annotated[int, "rows per step", Bounds(1)] = 12
-    negatives: Annotated[int, "words drawn for a sampled softmax; 0 is a full one", Bounds(0)] = 0
-    full_softmax_iters: Annotated[int, "last steps, with all words", Bounds(0)] = 0
+    negatives: Annotated[int, "words of the sampled softmax; 0 means a full one", Bounds(0)] = 0
+    full_softmax_iters: Annotated[int, "last steps, which use the full softmax", Bounds(0)] = 0
     eval_interval: Annotated[int, "steps between validations and saves", Bounds(1)] = 1000
-    eval_iters: Annotated[int, "validation batches; 0 is all, as in the last", Bounds(0)] = 20
+    eval_iters: Annotated[int, "validation batches, but all at the end; 0 is all", Bounds(0)] = 20
     log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 10
 
 
@@ -102,7 +102,7 @@ class Run:
     def step(self) -> float:
         """Take one optimizer step; return its unweighted loss in nats per token."""
         config, device = self.config, self.device
-        torch.manual_seed((config.seed << 32) + self.iteration)  # of negatives and dropout
+        torch.manual_seed((config.seed << 32) + self.iteration)  # seeds negatives and dropout
         set_learning_rate(self.optimizer, self.iteration, config)
         tokens, verdicts = self.rows.batch(self.iteration, config.batch_size)
         sampled = config.negatives and self.iteration < config.max_iters - config.full_softmax_iters
@@ -143,7 +143,7 @@ class Run:
     def load_state(self) -> None:
         """Continue from the saved state.
 
-        Raises FileNotFoundError without a state, ValueError for one that other settings made.
+        Raises FileNotFoundError if there is none, ValueError if it belongs to other settings.
         """
         if not (self.folder / STATE_FILE).is_file():
             raise FileNotFoundError(f"out_dir={str(self.folder)!r} holds no run: there is no "
@@ -158,7 +158,7 @@ class Run:
 
 
 def fit(run: Run) -> None:
-    """Train until max_iters, validating and saving on the way; a signal saves and stops."""
+    """Train until max_iters, with periodic validations and saves; a signal saves and stops."""
     config = run.config
     bar = tqdm(total=config.max_iters, initial=run.iteration, unit="step")
     with stop_on_signal() as stopped, bar:

@@ -1,7 +1,7 @@
-"""Movie reviews as a stream of tokens to pretrain on.
+"""Turn movie reviews into a stream of tokens for pretraining.
 
-Reviews without a label stand whole. Labelled ones are cut into pieces of a few sentences, each
-followed by a verdict in ordinary words, as web sites have it; never in the form of our prompts.
+Unlabelled reviews stay whole. Labelled ones are split into pieces of a few sentences. A verdict in
+ordinary words, as on web sites but never in the form of our prompts, follows each piece.
 """
 
 import random
@@ -20,7 +20,7 @@ from dataloader import epoch_order
 from models.tokenizer import get_tokenizer
 from tasks.sources import Record, read_records
 
-SPLITS = ("train", "test", "unsupervised")  # as the hub's stanfordnlp/imdb has them
+SPLITS = ("train", "test", "unsupervised")  # those of stanfordnlp/imdb on the hub
 # Questions about the verdict, with the answers for labels 0 and 1; their first tokens differ.
 VERDICTS = (
     ("\nVerdict:", (" bad", " good")),
@@ -31,8 +31,8 @@ VERDICTS = (
 LINE_BREAK = re.compile(r"<br\s*/?>")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 PUNCTUATION = re.compile(r'([.,!?;:"()])')
-SHORTEST_PIECE = 8  # words; fewer seldom carry an opinion
-CHUNK = 20_000  # documents tokenized at once
+SHORTEST_PIECE = 8  # words; shorter pieces seldom express an opinion
+CHUNK = 20_000  # documents per call of the tokenizer
 
 
 class Document(NamedTuple):
@@ -46,9 +46,9 @@ class Document(NamedTuple):
 def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
     """Return the reviews to train on, and every hundredth as the held-out set.
 
-    They are those of all splits, each text once, in an order that does not depend on the files'.
-    Raises ValueError for another source, a row without a text, or with a label other than 0, 1
-    and -1 (none); OSError for files that are missing or out of reach.
+    They come from all splits, each text once, sorted by text. Raises ValueError for another source,
+    for a row without a text, or with a label other than 0, 1 and -1 (none); OSError for files that
+    are missing or unreachable.
     """
     if data != "imdb" and not (data and Path(data).is_dir()):
         raise ValueError(f"data={data!r} must be imdb (from the hub) or a folder with "
@@ -68,7 +68,7 @@ def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
 
 
 def spaced(text: str) -> str:
-    """Lower-case `text` and set its punctuation apart, as old review corpora are."""
+    """Lower-case `text` and put spaces around its punctuation, as in old review corpora."""
     return " ".join(PUNCTUATION.sub(r" \1 ", text.lower()).split())
 
 
@@ -84,27 +84,28 @@ def pieces(text: str, rng: random.Random) -> Iterator[str]:
 
 
 def documents(reviews: Sequence[Record], passes: int, seed: int) -> list[Document]:
-    """Return the corpus in random order: unlabelled reviews once, labelled ones cut `passes` times.
+    """Return the corpus in random order: whole unlabelled reviews, and pieces of labelled ones.
 
-    Half of the whole reviews and three quarters of the pieces are `spaced`.
+    Each labelled review is split `passes` times, at different places. Half of the whole reviews
+    and three quarters of the pieces are `spaced`.
     """
     rng = random.Random(f"corpus {seed}")
-    made = []
+    corpus = []
     for review in reviews:
         text = " ".join(LINE_BREAK.sub(" ", review["text"]).split())
         if review["label"] == -1:
-            made.append(Document(spaced(text) if rng.random() < 0.5 else text))
+            corpus.append(Document(spaced(text) if rng.random() < 0.5 else text))
             continue
         for _ in range(passes):
             for piece in pieces(text, rng):
                 question, answers = rng.choice(VERDICTS)
                 piece = spaced(piece) if rng.random() < 0.75 else piece
-                made.append(Document(piece, question, answers[review["label"]]))
-    rng.shuffle(made)  # adjacent pieces of one review would leak its verdict
-    return made
+                corpus.append(Document(piece, question, answers[review["label"]]))
+    rng.shuffle(corpus)  # adjacent pieces of one review would leak its verdict
+    return corpus
 
 
-def tokenize(made: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(corpus: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
     """Return the stream of token ids (N,), uint16, each document ended by end-of-text.
 
     The second array (N,) marks the first token of each verdict.
@@ -112,10 +113,10 @@ def tokenize(made: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = get_tokenizer()
     encode = lru_cache(tokenizer.encode_ordinary)
     tokens, verdicts = [], []
-    for start in range(0, len(made), CHUNK):
+    for start in range(0, len(corpus), CHUNK):
         ids: list[int] = []
         answers = []
-        chunk = made[start : start + CHUNK]
+        chunk = corpus[start : start + CHUNK]
         texts = tokenizer.encode_ordinary_batch([document.text for document in chunk])
         for document, text in zip(chunk, texts, strict=True):
             ids += text + encode(document.question)
@@ -128,7 +129,7 @@ def tokenize(made: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Windows:
-    """A stream as rows of `length` + 1 tokens; batches are a pure function of the iteration."""
+    """Rows of `length` + 1 tokens from a stream; a batch depends only on seed and iteration."""
 
     def __init__(self, stream: tuple[np.ndarray, np.ndarray], length: int, seed: int) -> None:
         (self.tokens, self.verdicts), self.length, self.seed = stream, length, seed

@@ -1,8 +1,9 @@
 """The loss of a language model: over all words, or over a sample with the log-Q correction.
 
-GPT-2's 50,257-word output layer costs a small model many times what its blocks do. A step can do
-with the words of its own batch and some drawn ones, if each word's logit is corrected for the
-chance Q that it is there (Bengio and Senecal, 2008; Jean et al., 2015, section 3).
+In a small model, GPT-2's 50,257-word output layer costs many times as much as the blocks. A
+training step needs only the words of its batch and some random ones, if each logit is corrected
+for the probability Q that the sample contains the word (Bengio and Senecal, 2008; Jean et al.,
+2015, section 3).
 """
 
 import math
@@ -19,7 +20,7 @@ from runtime.device import autocast
 
 
 class Words(NamedTuple):
-    """Sorted token ids (K,) that a softmax runs over, and log Q (K,) of each."""
+    """The sorted token ids (K,) of a softmax, and the log Q (K,) of each."""
 
     ids: Tensor
     log_q: Tensor
@@ -29,7 +30,7 @@ class Vocabulary:
     """Draw the words for a step's softmax.
 
     They are the words of the batch and `negatives` drawn by frequency^0.75 (Mikolov et al.,
-    2013), from the frequencies in `tokens`. Q takes the batch as drawn by frequency, too.
+    2013), from the frequencies in `tokens`. Q assumes that the batch is drawn by frequency, too.
     """
 
     def __init__(self, tokens: np.ndarray, size: int, negatives: int) -> None:
@@ -38,7 +39,7 @@ class Vocabulary:
         self.proposal = self.share**0.75 / (self.share**0.75).sum()  # (V,)
 
     def draw(self, tokens: Tensor) -> Words:
-        """Return a sample of the vocabulary that holds all of `tokens`."""
+        """Return a sample of the vocabulary that contains all of `tokens`."""
         drawn = torch.multinomial(self.proposal, self.negatives, replacement=True)
         ids = torch.cat((tokens.flatten(), drawn)).unique()
         log_absent = tokens.numel() * torch.log1p(-self.share[ids])
@@ -46,14 +47,14 @@ class Vocabulary:
         return Words(ids, torch.log(-torch.expm1(log_absent)).float())
 
     def all(self) -> Words:
-        """Return the whole vocabulary: with it the softmax is the full one."""
+        """Return the whole vocabulary, for the full softmax."""
         return Words(torch.arange(len(self.share)), torch.zeros(len(self.share)))
 
 
 def predict(model: GPT, tokens: Tensor, words: Words, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return logits (B·T, K) over `words` for rows `tokens` (B, T+1), and the targets (B·T,).
 
-    The model runs with an embedding of those words alone: nothing else is read or gets a gradient.
+    The model runs with the embeddings of these words alone; no others are read or get a gradient.
     """
     ids = words.ids.to(model.device)
     inside = torch.searchsorted(ids, tokens.to(model.device))  # (B, T+1), positions in ids
@@ -67,8 +68,8 @@ def predict(model: GPT, tokens: Tensor, words: Words, dtype: torch.dtype) -> tup
 def token_losses(logits: Tensor, targets: Tensor, log_q: Tensor) -> Tensor:
     """Return for each row of `logits` (N, K) an estimate of its full cross-entropy in nats (N,).
 
-    The correction makes the sum over the sample an estimate of the sum over the vocabulary; the
-    target itself needs none, which changes the loss by a constant and no gradient.
+    The correction makes the sum over the sample an estimate of the sum over the vocabulary. The
+    target's logit needs no correction; undoing it shifts the loss and changes no gradient.
     """
     losses = F.cross_entropy(logits - log_q, targets, reduction="none")
     return losses - log_q[targets]
@@ -78,9 +79,9 @@ def token_losses(logits: Tensor, targets: Tensor, log_q: Tensor) -> Tensor:
 def evaluate(
     model: GPT, rows: Windows, vocabulary: Vocabulary, dtype: torch.dtype, size: int, batches: int
 ) -> dict[str, float]:
-    """Score the first `batches` batches (0 is all) of `size` rows, with the full softmax.
+    """Score the first `batches` batches of `size` rows (0 is all) with the full softmax.
 
-    Returns the loss in nats a token, its perplexity, and the share of verdicts predicted right.
+    Returns the loss in nats per token, its perplexity, and the accuracy on the verdicts.
     """
     model.eval()
     words, total, right = vocabulary.all(), 0.0, 0.0
@@ -90,9 +91,9 @@ def evaluate(
         tokens, verdicts = rows.take(range(start, min(start + size, count)))
         logits, targets = predict(model, tokens, words, dtype)
         total += token_losses(logits, targets, words.log_q.to(model.device)).sum().item()
-        asked = verdicts.flatten().to(model.device)
-        right += (logits[asked].argmax(dim=1) == targets[asked]).sum().item()
-        tokens_seen, verdicts_seen = tokens_seen + len(targets), verdicts_seen + int(asked.sum())
+        marked = verdicts.flatten().to(model.device)
+        right += (logits[marked].argmax(dim=1) == targets[marked]).sum().item()
+        tokens_seen, verdicts_seen = tokens_seen + len(targets), verdicts_seen + int(marked.sum())
     model.train()
     loss = total / tokens_seen
     return {"validation_loss": loss, "perplexity": math.exp(loss),

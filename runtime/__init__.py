@@ -1,1 +1,1 @@
-"""What a run needs beside its model: device, processes, kernels, cache, optimizer, folder, tracking."""
+"""What a run needs beside its model: device, processes, kernels, cache, optimizer, folder."""

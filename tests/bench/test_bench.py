@@ -1,17 +1,21 @@
-"""The benchmark measures what it says, and writes all it found."""
+"""The benchmark measures every contender and writes its report."""
 
 import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from bench.__main__ import BenchConfig, grow, main, markdown, plot, sized_reviews
 from bench.worker import random_checkpoint
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
 
+ROOT = Path(__file__).parents[2]
 RATIOS = {f"{verb}.{rival}.{dtype}" for verb in ("train", "score")
           for rival in ("handout", "peft") for dtype in ("float32", "bfloat16")}
 
@@ -39,47 +43,63 @@ def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfi
         assert row["train_memory_mib"] > 100
         assert row["train_seconds_to_first"] > 0
         assert 0 < row["train_share_of_best_peak"] <= row["train_share_of_plain_peak"]
-    adapters = 4 * (256 + 256) * 3 * 4 * 4  # rank, in and out, q k v, layers, bytes
-    assert adapters < rows["ours.float32"]["checkpoint_bytes"]
+    adapters = 4 * 12 * (256 + 768) * 4  # layers; A (12, 256), block-diagonal B (768, 12); bytes
+    assert adapters < rows["ours.float32"]["checkpoint_bytes"] < adapters + 10_000
     weights = 4 * sum(p.numel() for p in GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256)).
                       parameters())
-    assert rows["handout.float32"]["checkpoint_bytes"] > weights
+    assert weights < rows["handout.float32"]["checkpoint_bytes"] < 1.05 * weights
     table = Path(config.out_dir, "bench.md").read_text()
     assert all(name in table for name in [*rows, *RATIOS])
-    assert Path(config.out_dir, "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert imread(Path(config.out_dir, "bench.png")).shape == (840, 1200, 4)
     panels = plot(report).axes
     assert [panel.get_title() for panel in panels] == ["train", "score"]
     for panel in panels:
+        assert panel.get_xlabel() == "reviews a second"
+        assert [label.get_text() for label in panel.get_yticklabels()] == list(rows)
         widths = [bar.get_width() for bar in panel.patches]
         assert widths == [row[f"{panel.get_title()}_reviews_per_second"] for row in rows.values()]
 
 
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
-    with pytest.raises(ValueError, match="must be of train, score, growth"):
+    with pytest.raises(ValueError, match="must list one or more of train, score, growth"):
         main(BenchConfig(what=what))
 
 
-def test_missing_rivals_are_named_with_the_command_that_installs_them(
-    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["train", "score", "growth,score"])
+def test_comparison_without_rivals_names_them_and_the_command_that_installs_them(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
-    message = r"transformers and peft; install it with: pip install -r requirements-dev\.txt"
+    message = r"need transformers and peft: pip install -r requirements-dev\.txt"
     with pytest.raises(ValueError, match=message):
-        main(replace(config, what="train"))
+        main(replace(config, what=what))
     assert not Path(config.out_dir, "bench.json").exists()
 
 
-def test_sized_reviews_have_about_the_tokens_asked_for() -> None:
+def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
+    code = """if True:
+        import sys
+        sys.modules |= {"transformers": None, "peft": None}  # importing them would raise
+        import bench.__main__
+        bench.__main__.run_script(bench.__main__.main, bench.__main__.BenchConfig)
+    """
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "parts to measure: train, score, growth" in done.stdout
+
+
+def test_sized_reviews_have_about_the_requested_tokens() -> None:
     records = [{"text": "a quick brown fox jumps over the lazy dog ."}] * 50
     for record in sized_reviews(30, 8, records):
         assert 28 <= len(get_tokenizer().encode_ordinary(record["text"])) <= 32
 
 
-def test_growth_is_measured_along_every_axis(
+def test_growth_is_measured_along_every_axis_without_rivals(
     config: BenchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each point with its own setting, and nothing else changed; the measuring is tested above."""
+    """Each point changes exactly one setting; the measurement itself is tested below."""
     points = []
 
     def note(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:
@@ -87,6 +107,7 @@ def test_growth_is_measured_along_every_axis(
         return {"train_ms": 3.0, "score_ms": 1.0, "train_mib": 900.0, "score_mib": 800.0}
 
     monkeypatch.setattr("bench.__main__.grow", note)
+    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
     monkeypatch.setattr(
         "bench.__main__.random_checkpoint", lambda *_: contextlib.nullcontext("folder"))
     main(replace(config, what="growth"))
@@ -100,9 +121,10 @@ def test_growth_is_measured_along_every_axis(
     panels = plot(report).axes
     assert [panel.get_xlabel() for panel in panels] == [
         axis.replace("_", " ") for axis in report["growth"]]
-    for panel in panels:
-        assert {tuple(line.get_ydata()) for line in panel.lines} == {
-            (3.0,) * len(panel.lines[0].get_xdata()), (1.0,) * len(panel.lines[0].get_xdata())}
+    for panel, measured in zip(panels, report["growth"].values(), strict=True):
+        assert {line.get_label(): (list(line.get_xdata()), set(line.get_ydata()))
+                for line in panel.lines} == {
+            "train": (list(measured), {3.0}), "score": (list(measured), {1.0})}
 
 
 def test_one_point_of_growth_is_a_measurement(config: BenchConfig) -> None:

@@ -1,4 +1,4 @@
-"""The baselines compute what ours computes: same loss, same gradients, same answers."""
+"""The baselines compute the same loss, gradients and answers as this package."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def contenders(config: TrainConfig) -> tuple:
-    """Ours, the handout's and PEFT's model with equal adapters that do something; the data."""
+    """Return ours, the handout's and PEFT's model with equal adapters (B ≠ 0), and the data."""
     config = replace(config, lora_dropout=0.0)
     ours = build_model(config.init_from, config, CPU, torch.float32)
     loader = make_loader(config, ours.config)
@@ -64,14 +64,22 @@ def test_answers_are_equal(config: TrainConfig) -> None:
 
 def test_handout_style_never_merges(config: TrainConfig) -> None:
     _, handout, _, _ = contenders(config)
+    layers = lora_layers(handout.model)
+    before = [layer.weight.clone() for layer in layers.values()]
     handout.model.eval()
-    assert not any(layer.has_weights_merged for layer in lora_layers(handout.model).values())
+    assert len(layers) == 2
+    for layer, weight in zip(layers.values(), before, strict=True):
+        assert not layer.has_weights_merged
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0)
 
 
 def test_padding_is_neither_supervised_nor_attended(config: TrainConfig) -> None:
     loader = contenders(config)[3]
-    idx, targets, mask = padded(loader, loader.records("train")[:5])
-    assert idx.shape == targets.shape == mask.shape
-    assert (mask.sum(dim=1) < idx.size(1)).any()
+    records = loader.records("train")[:5]
+    idx, targets, mask = padded(loader, records)
+    lengths = [len(example.prompt + example.answer) for example in map(loader.encode, records)]
+    assert len(set(lengths)) > 1
+    assert idx.shape == targets.shape == (5, max(lengths))
+    assert mask.tolist() == [[1] * n + [0] * (max(lengths) - n) for n in lengths]
     assert (targets[mask == 0] == IGNORE).all()
     assert ((targets != IGNORE).sum(dim=1) == 2).all()  # the label word and end-of-text

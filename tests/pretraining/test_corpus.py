@@ -1,4 +1,4 @@
-"""The text to pretrain on: whole reviews, pieces with the right verdict, rows that cover all."""
+"""The pretraining corpus: whole reviews, pieces with the right verdict, rows that cover all."""
 
 import json
 import random
@@ -36,14 +36,14 @@ def test_spaced_text_looks_like_an_old_review_corpus() -> None:
     assert spaced('It\'s  "Conan" (1982), again.') == 'it\'s " conan " ( 1982 ) , again .'
 
 
-def test_pieces_put_together_are_the_review() -> None:
+def test_joined_pieces_are_the_review() -> None:
     for seed in range(20):
         cut = list(pieces(REVIEW, random.Random(seed)))
         assert " ".join(cut) == REVIEW
         assert all(len(piece.split()) >= 8 for piece in cut[:-1])
 
 
-def test_unlabelled_reviews_stand_whole_and_once() -> None:
+def test_unlabelled_reviews_stay_whole_and_appear_once() -> None:
     reviews = [{"text": f"Film {i}.<br /><br />Good  fun.", "label": -1} for i in range(40)]
     made = documents(reviews, passes=3, seed=0)
     assert sorted(document.text.lower().replace(" .", ".") for document in made) == sorted(
@@ -60,10 +60,12 @@ def test_pieces_of_labelled_reviews_get_its_verdict(label: int) -> None:
     assert 1.8 < len(twice) / len(once) < 2.2
 
 
-def test_corpus_is_a_function_of_the_seed() -> None:
+def test_corpus_depends_only_on_the_seed() -> None:
     reviews = [{"text": REVIEW, "label": i % 2} for i in range(5)]
-    assert documents(reviews, 1, seed=1) == documents(reviews, 1, seed=1)
-    assert documents(reviews, 1, seed=1) != documents(reviews, 1, seed=2)
+    first = documents(reviews, 1, seed=1)
+    random.seed(7)  # the global generator does not matter
+    assert documents(reviews, 1, seed=1) == first
+    assert documents(reviews, 1, seed=2) != first
 
 
 def test_verdicts_have_neither_the_form_nor_the_labels_of_our_prompts() -> None:
@@ -98,7 +100,7 @@ def test_documents_are_tokenized_alike_in_chunks(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_array_equal(chunked, expected)
 
 
-def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
+def test_each_epoch_visits_every_row_once_in_a_new_order() -> None:
     stream = np.arange(101, dtype=np.uint16), np.arange(101) % 7 == 0
     rows = Windows(stream, length=10, seed=3)
     epochs = [torch.cat([rows.batch(i, 5)[0] for i in (e, e + 1)]) for e in (0, 2)]
@@ -117,7 +119,7 @@ def test_text_that_fills_no_row_is_refused() -> None:
         Windows((np.arange(10), np.zeros(10)), length=10, seed=0)
 
 
-def test_reviews_come_once_in_an_order_of_their_own_and_a_hundredth_is_held_out(
+def test_reviews_appear_once_in_a_fixed_order_and_a_hundredth_is_held_out(
     tmp_path: Path,
 ) -> None:
     rows = [{"text": f"review {i:03}", "label": i % 3 - 1} for i in range(250)]
@@ -133,7 +135,7 @@ def test_reviews_come_once_in_an_order_of_their_own_and_a_hundredth_is_held_out(
 
 
 @pytest.mark.parametrize("row", [{"text": "x", "label": 2}, {"text": 3, "label": 1}, {"label": 0}])
-def test_a_row_that_is_no_review_is_named(row: dict, tmp_path: Path) -> None:
+def test_invalid_row_is_refused_by_number(row: dict, tmp_path: Path) -> None:
     fine = {"text": "a", "label": 1}
     data = write_imdb(tmp_path, {"train": [fine], "test": [fine, row], "unsupervised": []})
     with pytest.raises(ValueError, match=r"test row 2 needs a text and a label of 0, 1"):

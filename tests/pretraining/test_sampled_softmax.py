@@ -1,4 +1,4 @@
-"""A sampled softmax is the full one where it sees all words, and estimates it where not."""
+"""A sampled softmax over all words is the full one; over a sample it estimates the full one."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_softmax_over_all_words_is_the_models_own_loss(tiny: GPT, rows: torch.Te
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_sample_holds_the_batch_and_has_probabilities(rows: torch.Tensor) -> None:
+def test_sample_contains_the_batch_and_has_probabilities(rows: torch.Tensor) -> None:
     words = Vocabulary(TOKENS, 101, negatives=10).draw(rows)
     assert set(rows.flatten().tolist()) <= set(words.ids.tolist())
     assert words.ids.tolist() == sorted(set(words.ids.tolist()))

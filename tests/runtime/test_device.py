@@ -1,4 +1,4 @@
-"""Devices and precisions are real or refused; under torchrun the losses stay the same."""
+"""Unusable devices and precisions are refused; torchrun does not change a run's losses."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from train import Run, TrainConfig, train
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_processes_lose_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, lora_dropout=0.0, max_iters=4, eval_interval=2)
     train(config)
     shared = replace(config, out_dir=str(tmp_path / "shared"))
     done = subprocess.run(torchrun(shared), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters (") == 1  # only rank 0 speaks
+    assert done.stdout.count("parameters (") == 1  # only rank 0 prints
     for mine, alone in zip(read_metrics(Path(shared.out_dir)),
                            read_metrics(Path(config.out_dir)), strict=True):
         assert mine.keys() == alone.keys()
@@ -50,7 +50,7 @@ def torchrun(config: TrainConfig, script: str = "train.py", **changes: object) -
 
 
 def test_two_processes_resume_as_if_never_stopped(config: TrainConfig, tmp_path: Path) -> None:
-    """With dropout, whose dice fall in each process."""
+    """Each process draws its own dropout masks; resuming restores both random generators."""
     whole = replace(config, max_iters=4, dropout=0.1, lora_dropout=0.2)
     parts = replace(whole, max_iters=2, out_dir=str(tmp_path / "parts"))
     resume = [*torchrun(whole)[:6], "init_from=resume", f"out_dir={parts.out_dir}", "max_iters=4"]
@@ -79,7 +79,7 @@ def test_process_that_dies_ends_the_job_with_a_line(config: TrainConfig) -> None
 
 
 def scored_alone_and_by_two(config: TrainConfig) -> list[dict[str, Any]]:
-    """The results of the best checkpoint: the run's own, and those of two processes."""
+    """Score the best checkpoint in the run, then with two processes; return both results."""
     train(config)
     results = Path(config.out_dir, "best", "results.json")
     expected = json.loads(results.read_text())
@@ -125,7 +125,7 @@ def test_no_thread_of_the_process_group_outlives_it() -> None:
     assert "gloo" not in done.stdout
 
 
-def test_shares_are_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gathered_shares_have_the_original_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items, shares = list(range(7)), []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
@@ -165,32 +165,43 @@ def test_cuda_without_a_gpu_is_refused() -> None:
         resolve_device("cuda")
 
 
-def test_automatic_device_is_the_best_there_is() -> None:
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    assert resolve_device("auto").type == best
-    assert resolve_device("cpu").type == "cpu"
+@pytest.mark.parametrize(("has_cuda", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_automatic_device_is_cuda_if_available(
+    has_cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert resolve_device("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_named_dtype_is_used_on_every_device(name: str, device: str) -> None:
+    assert resolve_dtype(name, torch.device(device)) == getattr(torch, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("float32", {torch.float32}),
-        ("bfloat16", {torch.bfloat16}),
-        ("float16", {torch.float16}),
-        ("auto", {torch.float32, torch.bfloat16}),
-    ],
+    ("device", "capability", "pays", "expected"),
+    [("cuda", (7, 5), True, torch.float16), ("cuda", (8, 0), False, torch.bfloat16),
+     ("cuda", (10, 0), False, torch.bfloat16), ("cpu", None, True, torch.bfloat16),
+     ("cpu", None, False, torch.float32), ("mps", None, True, torch.float32)],
 )
-def test_dtype_on_a_cpu(name: str, allowed: set[torch.dtype]) -> None:
-    assert resolve_dtype(name, torch.device("cpu")) in allowed
+def test_automatic_dtype_depends_on_the_hardware(
+    device: str, capability: tuple[int, int] | None, pays: bool, expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(device_module, "_cpu_bfloat16_pays", lambda: pays)
+    assert resolve_dtype("auto", torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("name", ["float33", "nn"])
 def test_unknown_dtype_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
+    message = f"dtype='{name}' must be one of auto, float32, bfloat16, float16"
+    with pytest.raises(ValueError, match=message):
         resolve_dtype(name, torch.device("cpu"))
 
 
-def test_full_gpu_memory_is_told_with_what_helps() -> None:
+def test_full_gpu_memory_is_reported_with_the_settings_to_change() -> None:
     @device_module.out_of_memory_told()
     def fill() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -1,4 +1,4 @@
-"""What a run writes about itself, and who may write to its folder."""
+"""A run's folder: its settings and metrics, its plot, its lock, and when it is finished."""
 
 import json
 import subprocess
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from runtime import run_folder
 
@@ -28,12 +30,12 @@ def test_changed_settings_names_both_values_and_skips_what_only_reports() -> Non
     assert run_folder.changed_settings(saved, changed, ignore=["lora_rank"]) == ""
 
 
-def test_setting_that_a_run_does_not_name_had_its_default() -> None:
+def test_setting_missing_from_a_saved_run_had_its_default() -> None:
     assert run_folder.changed_settings({}, Settings()) == ""
     assert run_folder.changed_settings({}, Settings(seed=2)) == "seed=1, now 2"
 
 
-def test_finished_is_said_by_a_record_or_by_an_older_runs_last_score(tmp_path: Path) -> None:
+def test_run_is_finished_with_a_record_or_an_older_runs_last_score(tmp_path: Path) -> None:
     assert not run_folder.is_finished(tmp_path)
     run_folder.mark_finished(tmp_path, 9)
     assert not run_folder.is_finished(tmp_path)  # a record alone is no run
@@ -107,9 +109,37 @@ def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:
     assert described.keys() == {"settings", "device", "commit"}
 
 
-def test_loss_plot_needs_no_metrics(tmp_path: Path) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that `run_folder` draws."""
+    drawn: list[Figure] = []
+
+    def keep(**settings: object) -> Figure:
+        drawn.append(Figure(**settings))
+        return drawn[-1]
+
+    monkeypatch.setattr(run_folder, "Figure", keep)
+    return drawn
+
+
+@pytest.mark.parametrize("lines", [
+    [],
+    [{"iteration": 0, "validation_loss": 3.0}, {"iteration": 0, "train_loss": 2.5},
+     {"iteration": 5, "train_loss": 1.5}, {"iteration": 6, "validation_loss": 1.0}],
+])
+def test_loss_plot_shows_the_logged_losses(
+    tmp_path: Path, figures: list[Figure], lines: list[dict[str, float]]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_folder.plot_losses(tmp_path)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures[0].axes
+    found = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert found == {key.replace("_", " "): [(line["iteration"], line[key]) for line in lines
+                                             if key in line]
+                     for key in ("train_loss", "validation_loss")}
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (
+        "optimizer steps", "loss (nats a token)", "log")
+    assert imread(tmp_path / "loss.png").shape == (600, 1050, 4)
 
 
 def test_folder_in_use_is_refused_until_the_run_ends(tmp_path: Path) -> None:
@@ -120,7 +150,7 @@ def test_folder_in_use_is_refused_until_the_run_ends(tmp_path: Path) -> None:
     run_folder.lock_folder(tmp_path).release()
 
 
-def test_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     code = ("import os, pathlib, sys; from runtime.run_folder import lock_folder; "
             "lock_folder(pathlib.Path(sys.argv[1])); os._exit(9)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
@@ -128,18 +158,18 @@ def test_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
     run_folder.lock_folder(tmp_path).release()
 
 
-def test_halves_of_files_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
+def test_leftover_temporary_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
-    halves = [tmp_path / ".trainer_state.12.pt", tmp_path / "best" / ".model.345.safetensors"]
+    leftovers = [tmp_path / ".trainer_state.12.pt", tmp_path / "best" / ".model.345.safetensors"]
     others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / "best" / "model.safetensors"]
-    for path in halves + others:
+    for path in leftovers + others:
         path.touch()
     run_folder.lock_folder(tmp_path).release()
-    assert not any(path.exists() for path in halves)
+    assert not any(path.exists() for path in leftovers)
     assert all(path.exists() for path in others)
 
 
-def test_folder_that_cannot_be_locked_is_told_and_used(
+def test_folder_that_cannot_be_locked_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def unsupported(*_: object, **__: object) -> None:
@@ -147,4 +177,5 @@ def test_folder_that_cannot_be_locked_is_told_and_used(
 
     monkeypatch.setattr(run_folder.FileLock, "acquire", unsupported)
     run_folder.lock_folder(tmp_path)
-    assert "cannot be locked here" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"{tmp_path} cannot be locked here: let no other run write to it\n")

