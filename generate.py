@@ -39,7 +39,7 @@ from runtime.device import (
     DeviceConfig,
     autocast,
     dtype_name,
-    out_of_memory_told,
+    explain_out_of_memory,
     resolve_dtype,
     set_up_memory,
 )
@@ -363,7 +363,7 @@ def answer(config: GenerateConfig) -> None:
         print(f"written: {subject.folder / f'results{suffix}.json'}")
 
 
-@out_of_memory_told()
+@explain_out_of_memory()
 def main(config: GenerateConfig) -> None:
     set_up_memory()
     torch.manual_seed(config.seed + rank())

@@ -31,7 +31,7 @@ from runtime.device import (
     autocast,
     describe,
     dtype_name,
-    out_of_memory_told,
+    explain_out_of_memory,
     peak_memory,
     set_up_memory,
 )
@@ -167,8 +167,8 @@ class Run:
             self.load_state(saved.processes)
         elif rank() == 0:
             self.start_folder()
-        self.metrics = MetricsLog(self.folder, start_tracking(config, self.folder)) \
-            if rank() == 0 else MetricsLog(None)
+        self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
+                        if rank() == 0 else MetricsLog(None))
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
@@ -385,7 +385,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     return config
 
 
-@out_of_memory_told()
+@explain_out_of_memory()
 def main(config: TrainConfig) -> None:
     set_up_memory()
     resume = config.init_from == "resume"

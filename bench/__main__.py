@@ -31,7 +31,7 @@ from runtime.device import (
     DeviceConfig,
     describe,
     dtype_name,
-    out_of_memory_told,
+    explain_out_of_memory,
     resolve_device,
     resolve_dtype,
 )
@@ -271,7 +271,7 @@ def write(report: dict[str, Any], out_dir: Path) -> None:
         plot(report).savefig(path, dpi=150, format="png")
 
 
-@out_of_memory_told()
+@explain_out_of_memory()
 def main(config: BenchConfig) -> None:
     parts = config.what.replace(",", " ").split()
     if not parts or set(parts) - set(PARTS):

@@ -25,7 +25,7 @@ from runtime.device import (
     DeviceConfig,
     describe,
     dtype_name,
-    out_of_memory_told,
+    explain_out_of_memory,
     resolve_device,
     resolve_dtype,
     set_up_memory,
@@ -196,7 +196,7 @@ def pretrain(run: Run) -> dict[str, float]:
     return scores
 
 
-@out_of_memory_told()
+@explain_out_of_memory()
 def main(config: PretrainConfig) -> dict[str, float]:
     set_up_memory()
     run = Run(config)

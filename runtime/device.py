@@ -124,7 +124,7 @@ def _cpu_bfloat16_pays() -> bool:
 
 
 @contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def explain_out_of_memory() -> Iterator[None]:
     """Turn CUDA's out-of-memory error into a ValueError that names the settings to change."""
     try:
         yield

@@ -202,7 +202,7 @@ def test_unknown_dtype_is_refused(name: str) -> None:
 
 
 def test_full_gpu_memory_is_reported_with_the_settings_to_change() -> None:
-    @device_module.out_of_memory_told()
+    @device_module.explain_out_of_memory()
     def fill() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
