@@ -22,12 +22,32 @@ MISSING = object()
 Item = TypeVar("Item")
 
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if _in_a_job() else 0
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if _in_a_job() else 1
+
+
+def _in_a_job() -> bool:
+    """Return whether torchrun started this process.
+
+    Raises ValueError if the environment describes several processes, but not as torchrun does.
+    """
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    words = [name for name in VARIABLES[:3] if not os.environ.get(name, "0").isdecimal()]
+    if missing or words:
+        raise ValueError(
+            f"the environment has {' and '.join(sorted(os.environ.keys() & VARIABLES))}, but "
+            f"{', '.join(missing or words)} {'is not set' if missing else 'is no number'}; start "
+            "several processes with torchrun, or unset these variables")
+    return True
 
 
 def start_processes(device_name: str, backend: str = "auto") -> torch.device:
@@ -37,7 +57,7 @@ def start_processes(device_name: str, backend: str = "auto") -> torch.device:
     lacks it or if there are more processes than GPUs.
     """
     device = resolve_device(device_name)
-    if "RANK" not in os.environ:
+    if not _in_a_job():
         return device
     if device.type == "cuda":
         device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")

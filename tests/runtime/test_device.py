@@ -125,11 +125,18 @@ def test_no_thread_of_the_process_group_outlives_it() -> None:
     assert "gloo" not in done.stdout
 
 
+def join_job(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    """Set what torchrun sets in the process of this rank."""
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank,
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_gathered_shares_have_the_original_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items, shares = list(range(7)), []
     for number in range(3):
-        monkeypatch.setenv("RANK", str(number))
-        monkeypatch.setenv("WORLD_SIZE", "3")
+        join_job(monkeypatch, number, 3)
         shares.append(list(processes.own_share(items)))
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.dist, "all_gather_object",
@@ -140,9 +147,30 @@ def test_gathered_shares_have_the_original_order(monkeypatch: pytest.MonkeyPatch
 def test_processes_that_cannot_share_the_window_are_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    join_job(monkeypatch, 0, 3)
     with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
         Run(config)
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+    ({"RANK": "0"}, "has RANK, but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+    ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     "but RANK is no number; start several processes with torchrun"),
+])
+def test_half_described_job_is_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for function in (processes.rank, processes.world_size):
+        with pytest.raises(ValueError, match=message):
+            function()
+
+
+def test_world_of_one_process_needs_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (processes.rank(), processes.world_size()) == (0, 1)
 
 
 def test_one_process_is_rank_zero_of_one_and_sums_nothing() -> None:
@@ -190,8 +218,18 @@ def test_automatic_dtype_depends_on_the_hardware(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(device_module, "_cpu_bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(device_module, "cpu_multiplies_bfloat16_faster", lambda cpuinfo: pays)
     assert resolve_dtype("auto", torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("vendor", "flags", "faster"), [
+    ("AuthenticAMD", "avx512f avx512_bf16", True), ("GenuineIntel", "avx512f avx512_bf16", False),
+    ("GenuineIntel", "avx512_bf16 amx_bf16", True), ("AuthenticAMD", "avx2 avx512_bf16x", False),
+])
+def test_flags_of_the_processor_decide_on_bfloat16(vendor: str, flags: str, faster: bool) -> None:
+    cpuinfo = f"vendor_id\t: {vendor}\nmodel name\t: a chip\nflags\t\t: fpu {flags} sse\nbugs\t: x"
+    assert device_module.cpu_multiplies_bfloat16_faster(cpuinfo * 2) == faster
+    assert not device_module.cpu_multiplies_bfloat16_faster("")
 
 
 @pytest.mark.parametrize("name", ["float33", "nn"])
