@@ -3,25 +3,22 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
-LORA_LEAVES = ("lora_A", "lora_B")
 
 
 class LoRALinear(nn.Linear):
     """Add a rank-r update to a frozen linear layer: `h = W0 x + b + scaling · B A x`.
 
     `scaling` is alpha / r, or alpha / √r if rank-stabilized (Kalajdzievski 2023, arXiv:2312.03732).
-    `lora_groups=G` gives G equal blocks of output features a pair of rank r each (GPT-2's fused
-    q, k, v has G = 3): `lora_A` is (G·r, in), `lora_B` is (out, r). Both are at least float32 and
-    start frozen. `eval()` merges the update into the weight; `train()` restores W0 bit for bit.
-    With `lora_rank=0` this is a plain `nn.Linear`. Shapes: `(..., in)` to `(..., out)`.
-    Raises ValueError if the rank is negative or `lora_groups` does not divide `out_features`.
+    `lora_groups=G` gives G equal blocks of output features (q, k, v) a pair of rank r each:
+    `lora_A` is (G·r, in), `lora_B` (out, r), at least float32 and frozen at first. `eval()` merges
+    the update into the weight; `train()` restores W0 bit for bit. With rank 0 this is a plain
+    `nn.Linear`. Shapes: `(..., in)` to `(..., out)`. Raises ValueError for a bad rank or groups.
     """
 
     product = staticmethod(F.linear)  # a subclass may have a faster equivalent
@@ -33,8 +30,8 @@ class LoRALinear(nn.Linear):
         lora_rank: int = 0, lora_alpha: float = 0.0, lora_dropout: float = 0.0,
         lora_groups: int = 1, lora_rank_stabilized: bool = False,
     ) -> None:
-        if lora_rank < 0:
-            raise ValueError(f"lora_rank={lora_rank} must not be negative")
+        if not isinstance(lora_rank, Integral) or isinstance(lora_rank, bool) or lora_rank < 0:
+            raise ValueError(f"lora_rank={lora_rank!r} must be a whole number of 0 or more")
         if lora_groups < 1 or out_features % lora_groups:
             raise ValueError(f"lora_groups={lora_groups} must divide out_features={out_features}")
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -65,12 +62,14 @@ class LoRALinear(nn.Linear):
         forward = getattr(getattr(linear, "forward", None), "__func__", None)
         if forward not in (nn.Linear.forward, LoRALinear.forward):  # a quantized layer, for example
             raise TypeError(f"{type(linear).__name__} does not compute as nn.Linear does")
-        if isinstance(linear, NonDynamicallyQuantizableLinear):
+        if {"weight", "bias"} - linear._parameters.keys() or nn.parameter.is_lazy(linear.weight):
+            raise TypeError("its weight or bias is no plain parameter (weight_norm, prune, lazy)")
+        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise ValueError("nn.MultiheadAttention uses its out_proj without calling it")
         if isinstance(linear, LoRALinear) and linear.is_lora():
             raise ValueError("the layer already has an adapter")
-        if lora_rank < 1:
-            raise ValueError(f"lora_rank={lora_rank} must be at least 1")
+        if lora_rank == 0:
+            raise ValueError("lora_rank=0 must be at least 1")
         layer = cls(  # on "meta" it allocates and draws nothing
             linear.in_features, linear.out_features, linear.bias is not None, "meta",
             linear.weight.dtype, lora_rank, lora_alpha, lora_dropout, lora_groups, rank_stabilized)
@@ -172,16 +171,18 @@ def adapt(
             kinds = sorted({type(modules[name]).__name__ for name in names}) or "nothing"
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"target {target!r} matches {kinds}; nn.Linear layers are {leaves}")
-        for linear in [linears[name] for name in names]:
+        for name, linear in [(name, linears[name]) for name in names]:
+            cls = type(linear) if isinstance(linear, LoRALinear) else LoRALinear
+            try:
+                adapted[linear] = adapted.get(linear) or cls.from_linear(
+                    linear, rank, alpha, dropout, groups, rank_stabilized)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
             if sum(p is linear.weight for m in model.modules() for p in m.parameters(False)) > 1:
                 raise ValueError(f"target {target!r} has a tied weight; merging would change both")
-            cls = type(linear) if isinstance(linear, LoRALinear) else LoRALinear
-            adapted[linear] = adapted.get(linear) or cls.from_linear(
-                linear, rank, alpha, dropout, groups, rank_stabilized)
     for name, module in modules.items():
         if module in adapted:
-            parent, _, leaf = name.rpartition(".")
-            setattr(modules[parent], leaf, adapted[module])
+            model.set_submodule(name, adapted[module])
     return mark_only_lora_as_trainable(model)
 
 
@@ -220,7 +221,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def is_lora_name(name: str) -> bool:
     """Tell whether the last component of a parameter's name is `lora_A` or `lora_B`."""
-    return name.rpartition(".")[2] in LORA_LEAVES
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> nn.Module:
@@ -253,8 +254,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
     """Raise ValueError if names or shapes of `state` differ from `expected`, naming each one."""
     faults = [f"missing {name}" for name in expected if name not in state]
     faults += [f"unexpected {name}" for name in state if name not in expected]
-    faults += [f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-               for name, tensor in expected.items()
-               if name in state and state[name].shape != tensor.shape]
+    faults += [f"{name} is {tuple(state[name].shape)}, not {tuple(t.shape)}"
+               for name, t in expected.items() if name in state and state[name].shape != t.shape]
     if faults:
         raise ValueError(f"{what} does not fit the model: " + "; ".join(faults))

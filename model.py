@@ -21,6 +21,7 @@ from runtime.kernels import attend, linear
 from runtime.kv_cache import Cache, KeyValue
 
 IGNORE = -100  # target of a position that is not supervised
+MAX_RANK = 10_000  # more than any projection has features
 LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 Prefix = list[KeyValue]  # of all layers, of batch 1
 Store = Callable[[Tensor, Tensor], KeyValue]  # appends keys and values, returns those of all tokens
@@ -56,6 +57,8 @@ class GPTConfig:
                 f"lora_targets: unknown {', '.join(sorted(unknown))}; "
                 f"allowed are {', '.join(LORA_TARGETS)}"
             )
+        if self.lora_rank > MAX_RANK:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at most {MAX_RANK:,}")
         if self.lora_rank and not self.lora_targets:
             raise ValueError(f"lora_rank={self.lora_rank} needs at least one of lora_targets")
         if self.lora_qkv not in ("split", "shared"):
@@ -283,7 +286,8 @@ class GPT(nn.Module):
             at = None if cache.used else cache.lengths[:, None] - 1  # (B, 1)
             x, _ = self._run_blocks(tokens, past, at, cache)
             logits = self._head(x[:, -1])  # (B, V)
-            tokens = choose_token(logits, temperature, top_k).masked_fill(
+            # A vocabulary may be padded with tokens that no tokenizer knows.
+            tokens = choose_token(logits[:, : END_OF_TEXT + 1], temperature, top_k).masked_fill(
                 ended[:, None], END_OF_TEXT)  # (B, 1)
             yield logits, tokens
             ended |= tokens[:, 0] == END_OF_TEXT
@@ -292,9 +296,10 @@ class GPT(nn.Module):
             context = torch.cat((context, tokens), dim=1)[:, -room:]
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str, **changes: Any) -> "GPT":
+    def from_pretrained(cls, name_or_dir: str | Path, **changes: Any) -> "GPT":
         """Load `gpt2-mini`, a local folder or a hub id in the Hugging Face layout, in float32.
 
+        A Path is a local folder, never a hub id.
         `changes` are fields of `GPTConfig` (dropout, LoRA); fresh adapters change no output.
 
         Raises ValueError for an architecture or tensors that are not GPT-2's, OSError for files
@@ -304,7 +309,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # the weights come from the file: do not initialise any
             model = cls(GPTConfig(**shape, **changes))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
-        check_state(base, weights, name_or_dir)
+        check_state(base, weights, str(name_or_dir))
         model.load_state_dict(weights, strict=False, assign=True)
         for layer in lora_layers(model).values():
             layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device="cpu"), False)
@@ -367,7 +372,9 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tenso
     """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1, keepdim=True)
-    # Subtract the largest logit first, so that no temperature overflows.
+    # Subtract the largest logit first, so that no temperature overflows; one that float32 rounds
+    # to zero would divide zero by zero.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @contextmanager
@@ -23,9 +26,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask leaves; safetensors would set 0600
         yield temporary
         with open(temporary, "r+b") as file:  # Windows syncs only files open for writing
             os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}") from None
@@ -49,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file holds anything else."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
@@ -65,10 +72,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises ValueError if it is damaged, OSError if it is missing."""
-    try:
+    with _refusing_damage(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file; raise as `read_tensors` does."""
+    with _refusing_damage(path), safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -76,14 +87,34 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises as `read_tensors` does.
     """
+    for name in tensor_names(path):
+        # Closing the file unmaps its pages.
+        with _refusing_damage(path), safe_open(path, "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
-            with safe_open(path, "pt") as file:  # closing the file unmaps its pages
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+        yield
+    except (SafetensorError, TypeError) as error:  # torch raises the second for an absurd shape
+        reason = str(error).partition("\n")[0]  # without torch's C++ trace
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {reason}") from None
+
+
+def finite_float32(tensor: Tensor, where: str) -> Tensor:
+    """Return a weight in float32.
+
+    Raises ValueError, which starts with `where`, for integers and for numbers that are not finite.
+    """
+    if tensor.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype) for dtype in FLOATS)
+        raise ValueError(f"{where} is {tensor.dtype}; weights are one of {allowed}")
+    tensor = tensor.float()
+    # The sum costs a tenth of the copy that follows; finite numbers may have an infinite one.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise ValueError(f"{where} holds NaN or infinite numbers")
+    return tensor
 
 
 def packaged_file(distribution: str, file: str) -> Path:

@@ -7,12 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import read_json, read_tensors, write_json, write_tensors
+from checkpoints.files import (
+    finite_float32,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from lora import check_state, load_lora_state_dict, lora_layers
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-PEFT_MATH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+# Fields of LoraConfig that change the mathematics, with PEFT's defaults.
+PEFT_MATH = {
+    "peft_type": "LORA", "r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {},
+    "use_rslora": False, "use_dora": False, "bias": "none",
+}
+# Fields that add to LoRA what lora.py does not compute.
+PEFT_EXTRAS = (
+    "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config",
+)
+# Values of init_lora_weights that leave the weights of the base as they are.
+PEFT_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
@@ -24,8 +42,10 @@ def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
 
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
     """Load adapters in PEFT's layout. Raises ValueError if they do not fit `model`."""
-    config = read_json(Path(folder) / ADAPTER_CONFIG)
-    load_peft_state_dict(model, config, read_tensors(Path(folder) / ADAPTER))
+    config, path = read_json(Path(folder) / ADAPTER_CONFIG), Path(folder) / ADAPTER
+    tensors = {name: finite_float32(tensor, f"{path}: {name}")
+               for name, tensor in read_tensors(path).items()}
+    load_peft_state_dict(model, config, tensors)
 
 
 def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -68,9 +88,7 @@ def load_peft_state_dict(
     mathematics differs from the model's, or if a grouped layer's B is not block diagonal.
     """
     expected_config, expected = peft_state_dict(model)
-    for key in PEFT_MATH:
-        if config.get(key, expected_config[key]) != expected_config[key]:
-            raise ValueError(f"adapter has {key}={config[key]}, the model {expected_config[key]}")
+    _check_config(config, expected_config)
     check_state(expected, tensors, "adapter")
     state = {}
     for name, layer in lora_layers(model).items():
@@ -79,6 +97,24 @@ def load_peft_state_dict(
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"], layer.lora_groups
         )
     load_lora_state_dict(model, state)
+
+
+def _check_config(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError if an adapter's `config` asks for other mathematics than `expected`."""
+    for key, default in PEFT_MATH.items():
+        found = default if config.get(key) is None else config[key]
+        if found != expected[key]:
+            raise ValueError(f"adapter has {key}={found}, the model {expected[key]}")
+    for key in PEFT_EXTRAS:
+        if config.get(key):
+            raise ValueError(f"adapter has {key}={config[key]!r:.80}, which plain LoRA has not")
+    start = config.get("init_lora_weights")
+    if str(start).lower() not in PEFT_STARTS:
+        convert = "" if start == "loftq" else (
+            "; PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) "
+            "saves it as plain LoRA")
+        raise ValueError(f"adapter has init_lora_weights={start!r:.80}, with which PEFT changed "
+                         f"the weights of the base{convert}")
 
 
 def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:

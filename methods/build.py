@@ -9,7 +9,7 @@ import torch
 from checkpoints.peft_format import load_adapter
 from configurator import Bounds
 from lora import mark_only_lora_as_trainable
-from model import GPT
+from model import GPT, MAX_RANK
 
 Qkv = Literal["split", "shared"]
 
@@ -19,7 +19,7 @@ class MethodConfig:
     """Settings of the model and of what is trained; the defaults are the homework's."""
 
     init_from: Annotated[str, "gpt2-mini, gpt2, a hub id, a folder, or resume"] = "gpt2-medium"
-    lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0)] = 128
+    lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0, MAX_RANK)] = 128
     lora_alpha: Annotated[float, "the update is scaled by alpha / rank", Bounds(0)] = 512.0
     lora_dropout: Annotated[float, "dropout on the input of A", Bounds(0, 1)] = 0.05
     lora_targets: Annotated[str, "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"] = "c_attn"
@@ -28,9 +28,11 @@ class MethodConfig:
 
 
 def build_model(
-    name: str, config: MethodConfig, device: torch.device, dtype: torch.dtype
+    name: str | Path, config: MethodConfig, device: torch.device, dtype: torch.dtype
 ) -> GPT:
     """Load the checkpoint `name` with new adapters, ready to train on `device`.
+
+    A Path is a local folder; a str may also be a checkpoint of the hub.
 
     Adapters are float32; the frozen projections they adapt are stored in the compute `dtype`.
     """
@@ -50,7 +52,7 @@ def load_checkpoint(
 ) -> GPT:
     """Load what a run saved in `folder`: adapters on their base, or all weights."""
     if not config.lora_rank:
-        return build_model(str(folder), config, device, dtype)
+        return build_model(folder, config, device, dtype)
     model = build_model(config.init_from, config, device, dtype)
     load_adapter(model, folder)
     return model

@@ -20,8 +20,7 @@ from conftest import TINY
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoints.files import read_json, write_json
-from checkpoints.hub_format import CONFIG, WEIGHTS
-from model import GPT
+from checkpoints.hub_format import CONFIG, PICKLE, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 IDX = torch.arange(12).view(2, 6)
@@ -85,8 +84,10 @@ class Hub(ThreadingHTTPServer):
             vocab_size=TINY.vocab_size, n_positions=TINY.block_size, n_layer=TINY.n_layer,
             n_head=TINY.n_head, n_embd=TINY.n_embd)).eval()
         self.reference.save_pretrained(folder / "gpt2")
-        for name in ("weightless", "cut", "slow"):
+        self.reference.save_pretrained(folder / "sharded", max_shard_size="20KB")
+        for name in ("weightless", "pickled", "cut", "slow"):
             write_json(folder / name / CONFIG, read_json(folder / "gpt2" / CONFIG))
+        (folder / "pickled" / PICKLE).write_bytes(b"never downloaded")
         shutil.copytree(folder / "gpt2", folder / "half")
 
     def ask(self, *names: str, port: int | None = None, offline: str = "0") -> dict[str, Any]:
@@ -115,21 +116,27 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def answers(hub: Hub) -> dict[str, Any]:
-    return hub.ask("gpt2", "weightless", "private", "dropped", "cut", "slow")
+    return hub.ask("gpt2", "sharded", "weightless", "pickled", "private", "dropped", "cut", "slow")
 
 
 def assert_one_line(answer: Any, name: str, file: str, reason: str) -> None:
-    line = f"OSError: {name!r} is no folder here and the hub did not give its {file}: .*{reason}.*"
-    assert re.fullmatch(line, answer), answer
+    line = f"{name!r} is no folder here and the hub did not give its {file}: .*{reason}.*"
+    assert re.fullmatch("(OSError|FileNotFoundError): " + line, answer), answer
 
 
 def test_checkpoint_of_the_hub_loads(hub: Hub, answers: dict[str, Any]) -> None:
     close(torch.tensor(answers["gpt2"]), hub.reference(IDX).logits)
 
 
+def test_shards_of_the_hub_load(hub: Hub, answers: dict[str, Any]) -> None:
+    close(torch.tensor(answers["sharded"]), hub.reference(IDX).logits)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "reason"),
-    [("weightless", WEIGHTS, "404"), ("private", CONFIG, "401"), ("dropped", CONFIG, r"\w"),
+    [("weightless", WEIGHTS, "404"),
+     ("pickled", WEIGHTS, rf"404.*only {PICKLE}; .*from_pretrained\('pickled'\).save_pretrained"),
+     ("private", CONFIG, "401"), ("dropped", CONFIG, r"\w"),
      ("cut", CONFIG, r"\w"), ("slow", CONFIG, "[Tt]imed? ?out")],
 )
 def test_failure_of_the_hub_is_one_clear_line(
@@ -148,8 +155,9 @@ def test_cached_checkpoint_loads_without_the_hub(hub: Hub, answers: dict[str, An
     assert isinstance(answers["gpt2"], list)  # it loaded and is cached
     with socket.socket() as closed:  # bound but not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
-        answers = hub.ask("gpt2", "distilgpt2", port=closed.getsockname()[1])
+        answers = hub.ask("gpt2", "sharded", "distilgpt2", port=closed.getsockname()[1])
     close(torch.tensor(answers["gpt2"]), hub.reference(IDX).logits)
+    close(torch.tensor(answers["sharded"]), hub.reference(IDX).logits)
     assert_one_line(answers["distilgpt2"], "distilgpt2", CONFIG, "[Cc]onnection")
 
 
@@ -158,8 +166,3 @@ def test_uncached_checkpoint_offline_is_one_clear_line_without_a_request(hub: Hu
     answers = hub.ask("gpt2-xl", offline="1")
     assert_one_line(answers["gpt2-xl"], "gpt2-xl", CONFIG, "(local cache|offline mode)")
     assert hub.requests == []
-
-
-def test_invalid_name_is_one_clear_line() -> None:
-    with pytest.raises(OSError, match=r"^'no/such/folder' is no folder here.*config.json: .*\Z"):
-        GPT.from_pretrained("no/such/folder")

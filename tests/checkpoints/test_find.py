@@ -1,0 +1,181 @@
+"""A checkpoint's files are found where they are said to be, whole or in shards."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_checkpoints import IDX, close, equal, make_reference
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+import checkpoints.hub_format as hub_format
+from checkpoints.files import read_json, read_tensors, write_json, write_tensors
+from checkpoints.hub_format import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    WEIGHTS,
+    read_hub_layout,
+    read_hub_shape,
+    weights_digest,
+)
+from model import GPT
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_reference(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def sharded(base: Path, tmp_path: Path) -> Path:
+    GPT2LMHeadModel.from_pretrained(base).save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as soon as the hub or its cache is asked."""
+    def asked(*_: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    for name in ("try_to_load_from_cache", "get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(hub_format, name, asked)
+
+
+LOCAL = ["./best", "../best", "/no/best", "~/best", "out/run/best", "out\\best", "out/best/",
+         ".best", "C:/best", "out/a best", "a--b", "a..b", "a" * 97, "best.git", ""]
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", [*map(Path, ("best", "out/best", "gpt2", "gpt2-mini")), *LOCAL])
+@pytest.mark.parametrize(
+    "read", [GPT.from_pretrained, read_hub_layout, read_hub_shape, weights_digest])
+def test_missing_local_folder_never_asks_the_hub(
+    name: str | Path, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^there is no folder .*|^\. has no") as missing:
+        read(name)
+    assert "\n" not in str(missing.value)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_path_and_text_of_an_existing_folder_are_the_same(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    for name in (base, str(base), Path("base"), "base", "./base"):
+        equal(GPT.from_pretrained(name)(IDX)[0], GPT.from_pretrained(base)(IDX)[0])
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_file_in_place_of_a_folder_never_asks_the_hub(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    with pytest.raises(FileNotFoundError, match=f"there is no folder base/{WEIGHTS}"):
+        GPT.from_pretrained(f"base/{WEIGHTS}")
+
+
+# ---- shards ----
+
+
+def test_shards_load_as_the_whole_does(base: Path, sharded: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    equal(dict(GPT.from_pretrained(sharded).state_dict()),
+          dict(GPT.from_pretrained(base).state_dict()))
+
+
+def test_whole_file_comes_before_shards(base: Path, sharded: Path) -> None:
+    shutil.copyfile(base / WEIGHTS, sharded / WEIGHTS)
+    write_json(sharded / INDEX, {})
+    close(GPT.from_pretrained(sharded)(IDX)[0], GPT.from_pretrained(base)(IDX)[0])
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"sharded has no {shard.name}$"):
+        GPT.from_pretrained(sharded)
+
+
+def test_tensor_that_no_shard_holds_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    write_tensors(shard, tensors)
+    with pytest.raises(ValueError, match=f"missing {name}"):
+        GPT.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../base/model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..",
+              "..x.safetensors", "model.bin", "", 3, None, ["x.safetensors"], "x.safetensors\n"])
+def test_shard_outside_the_folder_is_refused(sharded: Path, shard: Any) -> None:
+    weight_map = read_json(sharded / INDEX)["weight_map"]
+    write_json(sharded / INDEX, {"weight_map": weight_map | {"transformer.wte.weight": shard}})
+    with pytest.raises(ValueError, match=f"{INDEX}: weight_map must give each tensor"):
+        GPT.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a.safetensors"]}])
+def test_index_without_shards_is_refused(sharded: Path, index: dict[str, Any]) -> None:
+    write_json(sharded / INDEX, index)
+    with pytest.raises(ValueError, match="weight_map must give"):
+        GPT.from_pretrained(sharded)
+
+
+def test_pickle_is_not_loaded_but_its_conversion_named(base: Path) -> None:
+    torch.save(read_tensors(base / WEIGHTS), base / PICKLE)
+    (base / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError) as missing:
+        GPT.from_pretrained(base)
+    advice = f"AutoModelForCausalLM.from_pretrained({str(base)!r}).save_pretrained('NEW_FOLDER')"
+    assert str(missing.value) == (
+        f"{base} has no {WEIGHTS}, only {PICKLE}; transformers converts it: {advice}")
+
+
+# ---- the digest ----
+
+
+def test_digest_of_a_whole_file_is_its_sha256(base: Path) -> None:
+    expected = hashlib.sha256((base / WEIGHTS).read_bytes()).hexdigest()
+    assert weights_digest(base) == weights_digest(str(base)) == expected
+
+
+def test_digest_of_shards_is_that_of_all_bytes_in_order(sharded: Path) -> None:
+    content = b"".join(path.read_bytes() for path in sorted(sharded.glob("*.safetensors")))
+    assert weights_digest(sharded) == hashlib.sha256(content).hexdigest()
+
+
+def test_digest_follows_the_weights(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tensors = weights_digest(base), read_tensors(base / WEIGHTS)
+    tensors["transformer.wpe.weight"][0, 0] += 1
+    write_tensors(base / WEIGHTS, tensors)  # of the same size
+    os.utime(base / WEIGHTS, ns=(0, 1))
+    second = weights_digest(base)
+    assert second != first
+    monkeypatch.setattr(hub_format.hashlib, "sha256", None)
+    assert weights_digest(base) == second  # without reading the file again
+
+
+def test_digest_of_the_packaged_model_needs_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert weights_digest("gpt2-mini") == weights_digest(ROOT / "assets" / "gpt2-mini")
+
+
+def test_digest_does_not_depend_on_the_config(base: Path) -> None:
+    first = weights_digest(base)
+    write_json(base / CONFIG, {})
+    assert weights_digest(base) == first
