@@ -31,6 +31,7 @@ PEFT_EXTRAS = (
 )
 # Values of init_lora_weights that leave the weights of the base as they are.
 PEFT_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+PEFT_CONVERTS = ("pissa", "corda", "olora", "lora_ga")  # of the others, to plain LoRA
 
 
 def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
@@ -108,13 +109,12 @@ def _check_config(config: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
     for key in PEFT_EXTRAS:
         if config.get(key):
             raise ValueError(f"adapter has {key}={config[key]!r:.80}, which plain LoRA has not")
-    start = config.get("init_lora_weights")
-    if str(start).lower() not in PEFT_STARTS:
-        convert = "" if start == "loftq" else (
-            "; PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) "
-            "saves it as plain LoRA")
-        raise ValueError(f"adapter has init_lora_weights={start!r:.80}, with which PEFT changed "
-                         f"the weights of the base{convert}")
+    start = str(config.get("init_lora_weights")).lower()
+    if start not in PEFT_STARTS:
+        advice = ("; PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) "
+                  "saves it as plain LoRA") if start.startswith(PEFT_CONVERTS) else ""
+        raise ValueError(f"adapter has init_lora_weights={start:.80}, with which PEFT changes the "
+                         f"weights of the base{advice}")
 
 
 def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
