@@ -2,14 +2,20 @@
 
 import copy
 import math
+import re
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
 from made_layers import EXACT, adapted, each_dtype
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from lora import (
@@ -84,6 +90,42 @@ def test_from_linear_refuses_what_it_cannot_adapt(
 def test_from_linear_refuses_rank_0() -> None:
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"):
         LoRALinear.from_linear(nn.Linear(3, 4), 0, 3.0)
+
+
+@pytest.mark.parametrize("rank", [2.0, "2", True, None, -1, math.nan])
+def test_rank_that_is_no_whole_number_is_refused_by_name(rank: Any) -> None:
+    message = re.escape(f"lora_rank={rank!r} must be a whole number of 0 or more")
+    for make in (
+        lambda: LoRALinear(3, 4, lora_rank=rank),
+        lambda: LoRALinear.from_linear(nn.Linear(3, 4), rank, 3.0),
+        lambda: adapt(Branches(), ["proj"], rank, 3.0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_rank_of_numpy_is_a_whole_number() -> None:
+    assert LoRALinear(3, 4, lora_rank=np.int64(2)).lora_A.shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm,
+     nn.utils.spectral_norm, partial(prune.random_unstructured, name="weight", amount=0.5),
+     partial(prune.random_unstructured, name="bias", amount=0.5), lambda _: nn.LazyLinear(4)],
+    ids=["weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm", "pruned weight",
+         "pruned bias", "lazy"],
+)
+def test_adapt_refuses_a_weight_or_bias_that_torch_computes(wrap: Callable) -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": wrap(nn.Linear(4, 4))})
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(TypeError, match="v_proj: its weight or bias is no plain parameter"):
+        adapt(model, ["q_proj", "v_proj"], 2, 3.0)
+    assert lora_layers(model) == {}
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert_close(dict(model.named_buffers()), buffers, **EXACT)
 
 
 class Branches(nn.Module):
@@ -188,7 +230,7 @@ def test_adapt_refuses_before_it_changes_anything(
 
 
 def test_adapt_refuses_a_second_adapter_on_a_layer() -> None:
-    with pytest.raises(ValueError, match="already has an adapter"):
+    with pytest.raises(ValueError, match=r"^attn\.proj: the layer already has an adapter"):
         adapt(adapt(Branches(), ["proj"], 2, 3.0), ["attn.proj"], 2, 3.0)
 
 

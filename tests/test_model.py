@@ -361,6 +361,7 @@ def test_only_the_fused_projection_is_grouped(qkv: str, groups: int) -> None:
         ({"lora_targets": (), "lora_rank": 4}, "lora_rank=4 needs"),
         ({"lora_qkv": "spilt"}, "lora_qkv.*spilt"),
         ({"n_head": 3}, "n_embd=32 is not a multiple of n_head=3"),
+        ({"lora_rank": 10**8}, "lora_rank=100000000 must be at most 10,000"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints.hub_format as hub_format
 from checkpoints.peft_format import save_adapter
+from configurator import configure
 from lora import lora_layers
 from methods.build import MethodConfig, build_model, load_checkpoint
 from model import LORA_TARGETS
@@ -50,3 +52,38 @@ def test_checkpoint_of_another_rank_is_refused(checkpoint: str, tmp_path: Path) 
     other = replace(LORA, init_from=checkpoint, lora_rank=3)
     with pytest.raises(ValueError, match="the model"):
         load_checkpoint(tmp_path, other, CPU, torch.float32)
+
+
+def test_full_checkpoint_that_is_gone_is_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub_format, "try_to_load_from_cache", asked)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder out/best$"):
+        load_checkpoint(Path("out/best"), replace(LORA, lora_rank=0), CPU, torch.float32)
+    with pytest.raises(AssertionError, match="the hub was asked"):  # as for a model's name
+        build_model("out/best", LORA, CPU, torch.float32)
+
+
+def test_adapter_that_is_gone_is_named(checkpoint: str, tmp_path: Path) -> None:
+    config = replace(LORA, init_from=checkpoint)
+    with pytest.raises(FileNotFoundError, match=r"best/adapter_config\.json"):
+        load_checkpoint(tmp_path / "best", config, CPU, torch.float32)
+
+
+def test_checkpoint_in_a_folder_named_like_the_packaged_one_is_the_folders(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = replace(LORA, lora_rank=0)
+    build_model(checkpoint, full, CPU, torch.float32).save_pretrained(tmp_path / "gpt2-mini")
+    monkeypatch.chdir(tmp_path)
+    assert load_checkpoint(Path("gpt2-mini"), full, CPU, torch.float32).config.n_embd == 16
+
+
+def test_rank_beyond_reason_is_refused_as_a_setting() -> None:
+    assert configure(MethodConfig, ["lora_rank=10000"]).lora_rank == 10_000
+    with pytest.raises(ValueError, match="lora_rank='100000000' must be at most 10000"):
+        configure(MethodConfig, ["lora_rank=100000000"])
