@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,53 @@ def test_without_the_wheel_the_files_in_tiktokens_cache_are_used(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tokenizer, "packaged_file", lambda _, file: packaged_file("none", file))
     other = get_tokenizer.__wrapped__()
-    assert other is tiktoken.get_encoding("gpt2")
+    assert tokenizer.PUBLISHED in inspect.getsource(tiktoken_ext.openai_public.gpt2)
     assert other._mergeable_ranks == get_tokenizer()._mergeable_ranks
     assert other._special_tokens == get_tokenizer()._special_tokens
+    assert other.encode_ordinary("a fine film") == encode("a fine film")
+
+
+def original() -> tiktoken.Encoding:
+    """The pattern that GPT-2 was published with, in tiktoken's own class."""
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return tiktoken.Encoding("original", pat_str=pattern,
+                             mergeable_ranks=get_tokenizer()._mergeable_ranks, special_tokens={})
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Let white space of `length` characters count as long."""
+    pattern = tokenizer.LONG_SPACE.pattern.replace(str(tokenizer.LONGEST_SPACE), str(length))
+    monkeypatch.setattr(tokenizer, "LONGEST_SPACE", length)
+    monkeypatch.setattr(tokenizer, "LONG_SPACE", re.compile(pattern))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_encoding_long_white_space_apart_changes_no_token(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, length)
+    spaces = [*"  \n\n\t\r\x0b\x1c\x1f\x85\u3000\u2009\u180e\u200b", "   ", "\ud800"]
+    random.seed(0)
+    reference = original()
+    for _ in range(5_000):
+        text = "".join(random.choices(ALPHABET + 4 * spaces, k=random.randint(0, 40)))
+        assert encode(text) == reference.encode_ordinary(text)
+
+
+def test_every_character_is_white_space_to_tiktoken_where_it_is_to_us(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, 3)
+    reference = original()
+    text = "\n".join(f"a    {c}b   {c}" for c in map(chr, range(0x10000)) if not c.isalnum())
+    assert encode(text) == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
+@pytest.mark.parametrize("end", ["", "x", " x", "\x1cx"])
+def test_a_million_spaces_are_encoded(space: str, end: str, capfd: pytest.CaptureFixture) -> None:
+    text = f"a{1_000_001 * space}{end}"
+    (ids,) = get_tokenizer().encode_ordinary_batch([text])
+    assert ids == encode(text)
+    assert get_tokenizer().decode(ids) == text
+    assert capfd.readouterr().err == ""  # tiktoken prints when it panics
