@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.hub_format import END_OF_TEXT
 from dataloader import epoch_order
 from models.tokenizer import get_tokenizer
-from tasks.sources import Record, read_records
+from tasks.sources import Record, label_text, read_records, show_row
 
 SPLITS = ("train", "test", "unsupervised")  # those of stanfordnlp/imdb on the hub
 # Questions about the verdict, with the answers for labels 0 and 1; their first tokens differ.
@@ -47,8 +47,8 @@ def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
     """Return the reviews to train on, and every hundredth as the held-out set.
 
     They come from all splits, each text once, sorted by text. Raises ValueError for another source,
-    for a row without a text, or with a label other than 0, 1 and -1 (none); OSError for files that
-    are missing or unreachable.
+    for a row without a text, or with a label other than 0, 1 and -1 (none), and for fewer than two
+    texts; OSError for files that are missing or unreachable.
     """
     if data != "imdb" and not (data and Path(data).is_dir()):
         raise ValueError(f"data={data!r} must be imdb (from the hub) or a folder with "
@@ -56,12 +56,15 @@ def read_reviews(data: str) -> tuple[list[Record], list[Record]]:
     found: dict[str, int] = {}
     for split in SPLITS:
         for row, record in enumerate(read_records(data, split), 1):
-            text, label = record.get("text"), str(record.get("label"))
+            fields = record if isinstance(record, dict) else {}
+            text, label = fields.get("text"), label_text(fields.get("label"))
             if not isinstance(text, str) or label not in ("0", "1", "-1"):
                 raise ValueError(f"{data}: {split} row {row} needs a text and a label of 0, 1 or "
-                                 f"-1 (none), but is {record!r:.80}")
+                                 f"-1 (none), but is {show_row(record)}")
             found[text] = int(label)
     reviews = [{"text": text, "label": found[text]} for text in sorted(found)]
+    if len(reviews) < 2:
+        raise ValueError(f"{data} needs two different texts or more: one is held out")
     held_out = reviews[::100]
     del reviews[::100]
     return reviews, held_out

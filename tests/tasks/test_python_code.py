@@ -105,6 +105,12 @@ def test_split_files_keep_their_rows(folder: Path) -> None:
         assert [record["question"] for record in read_split(str(folder), split)] == [split]
 
 
+def test_data_edited_in_place_is_read_again(folder: Path) -> None:
+    assert read_split(str(folder), "test")[0]["question"] == "test"
+    write(folder / "test.jsonl", [row("edited", "print(9)")])
+    assert read_split(str(folder), "test")[0]["question"] == "edited"
+
+
 def test_split_files_that_share_an_answer_are_refused(folder: Path) -> None:
     write(folder / "test.jsonl", [row("leaks", "```python\nprint( 0 )\n```")])
     with pytest.raises(ValueError, match=r"the answer to 'leaks' is in train and in test; put all"):

