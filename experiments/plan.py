@@ -22,7 +22,7 @@ class ExperimentsConfig(TrainConfig):
     """Settings of `python -m experiments`: those of every run, and which runs to start."""
 
     out_dir: Annotated[str, "folder of the runs"] = "out/experiments"
-    wandb_mode: Annotated[WandbMode, "auto logs online if wandb has a key"] = "disabled"
+    wandb_mode: Annotated[WandbMode, "auto is online where a key is given"] = "disabled"
     report_dir: Annotated[str, "folder of the report"] = "report"
     only: Annotated[str, "questions or runs with commas; dry_run=True lists them"] = ""
     seeds: Annotated[int, "runs of each variant: seed, seed + 1, ...", Bounds(1)] = 3
