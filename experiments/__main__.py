@@ -27,7 +27,7 @@ from configurator import run_script
 from dataloader import make_task, resolve_dataset
 from experiments.jobs import Job, run_jobs
 from experiments.plan import ExperimentsConfig, Variant, plan
-from experiments.report import write_report
+from experiments.report import check_folder, write_report
 from experiments.results import Row
 from experiments.time_estimate import Estimate
 from generate import GenerateConfig
@@ -128,6 +128,9 @@ def check(config: ExperimentsConfig) -> None:
     for name in ("max_iters", "learning_rate", "full_learning_rate"):
         if not getattr(config, name):
             raise ValueError(f"{name}=0 trains nothing")
+    for name in ("out_dir", "report_dir"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must name a folder")
     if config.init_from == "resume":
         raise ValueError("init_from=resume: repeat the same command, it resumes by itself")
     check_sharing(config)
@@ -213,6 +216,7 @@ def main(config: ExperimentsConfig) -> None:
     if config.dry_run:
         print(list_jobs(chosen, by_question, estimate, config.jobs))
         return
+    check_folder(Path(config.report_dir))  # now, not after hours
     for name in ("SIGTERM", "SIGHUP"):  # like Ctrl-C: the runs save their state
         if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -221,8 +225,8 @@ def main(config: ExperimentsConfig) -> None:
         for name, error in execute(chosen, config, estimate):
             errors[name] = error
     except KeyboardInterrupt:
-        report(config, questions, jobs, errors)
         print("stopped; repeat the command to resume", file=sys.stderr)
+        report(config, questions, jobs, errors)
         raise
     path = report(config, questions, jobs, errors)
     if errors:

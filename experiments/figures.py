@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from experiments.escaping import label as shown
+from experiments.escaping import one_line
 from tasks.scores import wilson_interval
 
 # Okabe and Ito's colours; markers and dashes distinguish the lines without them.
@@ -52,7 +54,8 @@ def band(
                 values.setdefault(line["iteration"], []).append(line[key])
     steps = sorted(values)
     means = [statistics.mean(values[step]) for step in steps]
-    axes.plot(steps, means, dashes, color=colour, marker=marker, markersize=4, label=label)
+    axes.plot(steps, means, dashes, color=colour, marker=marker, markersize=4,
+              label=shown(label))
     axes.fill_between(steps, [min(values[step]) for step in steps],
                       [max(values[step]) for step in steps], color=colour, alpha=0.2, linewidth=0)
 
@@ -68,7 +71,7 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
                       color=STYLES[0][0], label=None if place else "mean, 95 % interval")
         axes.plot(accuracies, [place] * len(accuracies), "|", markersize=12, color=STYLES[1][0],
                   label=None if place else "each seed")
-    axes.set_yticks(range(len(points)), [label[:40] for label, *_ in points],
+    axes.set_yticks(range(len(points)), [one_line(label)[:40] for label, *_ in points],
                     parse_math=False)
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.set(xlabel="test accuracy, best checkpoint")
@@ -104,7 +107,7 @@ def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     for (label, tried), (colour, marker, dashes) in styled:
         rates = sorted(tried)
         axes.plot(rates, [statistics.mean(tried[rate]) for rate in rates], dashes, marker=marker,
-                  color=colour, label=label)
+                  color=colour, label=shown(label))
         axes.fill_between(rates, [min(tried[rate]) for rate in rates],
                           [max(tried[rate]) for rate in rates], color=colour, alpha=0.2)
     axes.set(xscale="log", xlabel="learning rate", ylabel="best validation loss (nats a token)")

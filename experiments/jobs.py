@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,23 @@ import torch
 
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT
-from runtime.run_folder import is_finished
+from dataloader import make_task
+from experiments.escaping import in_words, one_line
+from experiments.finished_runs import (
+    UNREADABLE,
+    Scores,
+    changed_sources,
+    load_run,
+    load_scores,
+    load_started,
+    other_settings,
+)
+from runtime.run_folder import FINISHED_FILE, is_finished
+from train import TrainConfig
 
 ATTEMPT = "$ python"  # the log's line before the output of an attempt
+# Standings of a job beside "finished" and "interrupted"; it does not replace another run.
+TO_DO, AGAIN, OTHER = "to do", "to do again", "holds another run"
 
 
 class Job(NamedTuple):
@@ -35,13 +50,62 @@ class Job(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        if self.script == "train.py":
-            return is_finished(self.folder)
-        return any(self.folder.glob(self.result))
+        return self.standing[0] == "finished"
 
     @property
     def interrupted(self) -> bool:
-        return not self.finished and (self.folder / STATE_FILE).is_file()
+        return self.standing[0] == "interrupted"
+
+    @property
+    def standing(self) -> tuple[str, str]:
+        """What its folder holds, one of the words below, and the reason or "".
+
+        A run that cannot be read, or whose data or base model have changed, is to do again.
+        """
+        try:
+            return self.kept_scores() if self.result else self.kept_run()
+        except UNREADABLE as error:
+            return AGAIN, in_words(error)
+
+    def kept_run(self) -> tuple[str, str]:
+        """Return the standing of a training run. Raises as `load_run` does."""
+        complete = (self.folder / FINISHED_FILE).is_file() or is_finished(self.folder)
+        if not complete and not (self.folder / STATE_FILE).is_file():
+            return TO_DO, ""
+        read = load_run if complete else load_started
+        saved, metrics, *_ = read(self.folder)
+        if other := other_settings(saved, metrics, self.settings):
+            return OTHER, other
+        if changed := changed_sources(saved.facts, self.settings):
+            return AGAIN, changed
+        if complete and not is_finished(self.folder):
+            return AGAIN, f"{self.folder / FINISHED_FILE} is not that of a complete run"
+        return ("finished" if complete else "interrupted"), ""
+
+    def kept_scores(self) -> tuple[str, str]:
+        """Return the standing of a script that trains nothing. Raises as `load_run` does."""
+        if not any(self.folder.glob(self.result)):
+            return TO_DO, ""
+        if self.script == "generate.py":
+            changed = changed_sources(self.scores().results, self.settings)
+            return (AGAIN, changed) if changed else ("finished", "")
+        return "finished", ""
+
+    def scores(self) -> Scores:
+        """Return the scores that `generate.py` wrote. Raises as `load_run` does."""
+        task = make_task(str(self.settings.get("task", TrainConfig.task)))
+        *others, last = sorted(self.folder.glob(self.result))
+        for path in others:
+            with suppress(*UNREADABLE):
+                return load_scores(path, task)
+        return load_scores(last, task)
+
+    @property
+    def launched(self) -> "Job":
+        """This job with the number of processes of the run in its folder, which resuming keeps."""
+        if self.result or not (self.finished or self.interrupted):
+            return self
+        return self._replace(processes=load_started(self.folder)[0].processes)
 
     @property
     def arguments(self) -> list[str]:
@@ -50,7 +114,9 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        launcher = ["python"] if self.processes == 1 else ["torchrun", *self.torchrun]
+        """The command that starts it, or started the run in its folder."""
+        job = self.launched
+        launcher = ["python"] if job.processes == 1 else ["torchrun", *job.torchrun]
         return shlex.join([*launcher, *self.arguments])
 
     @property
@@ -63,33 +129,48 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """One of: finished, interrupted, to do, or failed with its error."""
-        if self.finished or self.interrupted:
-            return "finished" if self.finished else "interrupted"
-        return f"failed: {self.last_error}" if self.last_error else "to do"
+        """Its standing in words; of a job that is to do, also the error of its last attempt."""
+        kind, reason = self.standing
+        if kind == TO_DO and self.last_error:
+            return f"failed: {self.last_error}"
+        return f"{kind}: {reason}" if reason else kind
+
+    @property
+    def last_attempt(self) -> str:
+        """The log since its last start: the arguments, then what it printed; or ""."""
+        try:
+            text = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
+        except OSError:  # it cannot have printed anything there
+            return ""
+        return text.rpartition(ATTEMPT)[2]
 
     @property
     def last_error(self) -> str:
         """The error that its last attempt printed, or ""."""
-        text = self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
-        attempt = text.rpartition(ATTEMPT)[2]
-        lines = [line for line in attempt.splitlines() if line.startswith("error: ")
+        lines = [line for line in self.last_attempt.splitlines() if line.startswith("error: ")
                  and "another process of this job" not in line]  # a consequence, not the cause
-        return lines[-1].removeprefix("error: ") if lines else ""
+        return one_line(lines[-1].removeprefix("error: ")) if lines else ""
 
     def tidy(self) -> None:
         """Delete the trainer's state, the largest file, once the run is finished."""
         if self.finished:
-            (self.folder / STATE_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # it only takes room
+                (self.folder / STATE_FILE).unlink(missing_ok=True)
 
     def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
-        """Start or resume it in a new session, so that Ctrl-C reaches only the parent."""
+        """Start or resume it in a new session, so that Ctrl-C reaches only the parent.
+
+        Raises ValueError if its folder holds another run, OSError if nothing can be written there.
+        """
+        kind, reason = self.standing
+        if kind == OTHER:
+            raise ValueError(f"{self.folder} {kind}: {reason}; move it away or delete it")
         self.folder.mkdir(parents=True, exist_ok=True)
         resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
-        arguments = resume if self.interrupted else self.arguments
-        module = [] if self.processes == 1 else ["-m", "torch.distributed.run", *self.torchrun]
-        passive = {"OMP_WAIT_POLICY": "passive"} if self.processes > 1 else {}
-        with open(self.log, "a", encoding="utf-8") as log:
+        arguments, job = (resume if kind == "interrupted" else self.arguments), self.launched
+        module = [] if job.processes == 1 else ["-m", "torch.distributed.run", *job.torchrun]
+        passive = {"OMP_WAIT_POLICY": "passive"} if job.processes > 1 else {}
+        with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             print(ATTEMPT, shlex.join(arguments), file=log, flush=True)
             return subprocess.Popen(
                 [sys.executable, *module, str(ROOT / arguments[0]), *arguments[1:]], stdout=log,
@@ -100,10 +181,15 @@ class Job(NamedTuple):
     def failure(self, code: int) -> str:
         """Return why its process ended with `code`, or "" if it succeeded."""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        if not code:
-            return "" if self.finished else "it ended without its result"
-        return self.last_error or f"exit code {code}, see {self.log}"
+            names = {number.value: number.name for number in signal.Signals}
+            return f"killed by {names.get(-code, f'signal {-code}')}"
+        if code:
+            error = self.last_error or f"exit code {code}, see {self.log}"
+            resumed = "init_from=resume" in self.last_attempt.partition("\n")[0]
+            return error + (f" (to start afresh, delete {self.folder})" if resumed else "")
+        kind, reason = self.standing
+        missing = "it ended without its result" + (f": {reason}" if reason else "")
+        return "" if kind == "finished" else missing
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
@@ -116,29 +202,39 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
         while True:
             free = sorted(set(range(at_once)) - running.keys())
             for slot, job in zip(free, waiting, strict=False):
-                running[slot] = job, job.start(share_of_machine(slot, at_once))
+                running[slot] = job, try_to_start(job, share_of_machine(slot, at_once))
             if not running:
                 return
             slot = next_to_end(running)
             job, process = running.pop(slot)
-            error = job.failure(process.returncode)
+            failed = isinstance(process, str)
+            error = process if failed else job.failure(process.returncode)
             if not error:
                 job.tidy()
             yield job, error
     finally:
         if running:
             print("stopping; the runs save their state first", file=sys.stderr)
-        for _, process in running.values():
+        processes = [each for _, each in running.values() if not isinstance(each, str)]
+        for process in processes:
             process.terminate()
-        for _, process in running.values():
+        for process in processes:
             process.wait()
 
 
-def next_to_end(running: Mapping[int, tuple[Job, subprocess.Popen]]) -> int:
-    """Wait until one of the processes has ended, and return its slot."""
+def try_to_start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen | str:
+    """Start `job`; return its process, or the error if it does not start."""
+    try:
+        return job.start(environment)
+    except UNREADABLE as error:
+        return in_words(error)
+
+
+def next_to_end(running: Mapping[int, tuple[Job, subprocess.Popen | str]]) -> int:
+    """Wait until one of the processes has ended, or has not started, and return its slot."""
     while True:
         for slot, (_, process) in running.items():
-            if process.poll() is not None:
+            if isinstance(process, str) or process.poll() is not None:
                 return slot
         time.sleep(0.1)
 

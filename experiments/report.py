@@ -10,8 +10,9 @@ import markdown
 from checkpoints.files import atomic_write
 from dataloader import make_task
 from experiments import text_sections
+from experiments.escaping import code, fenced, plain
 from experiments.plan import ExperimentsConfig
-from experiments.results import Row, Section, fenced
+from experiments.results import Row, Section
 from experiments.sections import (
     alpha,
     cost,
@@ -25,6 +26,13 @@ from experiments.sections import (
 )
 from train import TrainConfig
 
+TITLE = "# LoRA on GPT-2"
+# The page runs no script and loads nothing, whatever texts it holds.
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+img-src data:; base-uri 'none'; form-action 'none'">
+<title>LoRA on GPT-2"""
 # The questions whose runs differ in cost.
 PRICED = ("curves", "prompts", "layers", "answers", "targets")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -60,14 +68,30 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
     facts = {name: ", ".join(dict.fromkeys(
         str(each[name]) for each in known if each.get(name) is not None))
              for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
-    machine = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    machine = "; ".join(f"{name} {plain(value)}" for name, value in facts.items() if value)
     machine = f" The runs used: {machine}." if machine else ""
     task = make_task(config.task)
-    return [f"# LoRA on GPT-2: {config.task.replace('_', ' ')}", "",
-            f"Model `{config.init_from}`, data `{config.dataset}`, {config.max_iters} steps of "
-            f"{config.window} {task.noun}.{machine}", "",
+    return [f"{TITLE}: {config.task.replace('_', ' ')}", "",
+            f"Model {code(config.init_from)}, data {code(config.dataset)}, {config.max_iters} "
+            f"steps of {config.window} {task.noun}.{machine}", "",
             f"{task.explain_scores()} The best checkpoint is the one with the lowest validation "
             "loss. Each run reads the test split once, at its end.", "", *fenced([command])]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if writing a report to `folder` would overwrite somebody else's file.
+
+    Every report of this program has the same title; its pictures lie beside `report.md`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"report_dir={str(folder)!r} is a file; choose another folder")
+    ours = {name for name, title in (("report.md", TITLE), ("report.html", f"<title>{TITLE[2:]}"))
+            if (folder / name).is_file() and title.encode() in (folder / name).read_bytes()[:2000]}
+    pictures = {f"{name}.png" for name in SECTIONS if "report.md" not in ours}
+    for name in sorted({"report.md", "report.html", *pictures} - ours):
+        if (folder / name).exists():
+            raise ValueError(f"report_dir={str(folder)!r} holds a {name} that this program did "
+                             "not write; choose another folder")
 
 
 def write_report(
@@ -77,19 +101,24 @@ def write_report(
     """Write `report.md`, its pictures, and `report.html` with the pictures inside.
 
     The report answers the questions in `asked` even if some of their runs are not finished.
-    Returns the path of `report.md`.
+    Returns the path of `report.md`. Raises ValueError as `check_folder` does, OSError if the
+    files cannot be written.
     """
     folder, lines = Path(config.report_dir), head(questions, config, command)
-    for name, section in sections(questions, config, asked).items():
+    check_folder(folder)
+    found = sections(questions, config, asked)
+    for name, section in found.items():
         lines += ["", f"## {section.title}", "", section.basis, "", *section.lines]
+        if section.figure:
+            lines += ["", f"![{section.title}]({name}.png)"]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(folder / "report.md") as path:  # first: it says whose the pictures are
+        path.write_text(text, "utf-8")
+    for name, section in found.items():
         if section.figure:
             section.figure.suptitle(section.basis, fontsize="small")
             with atomic_write(folder / f"{name}.png") as path:
                 section.figure.savefig(path, dpi=150, format="png")
-            lines += ["", f"![{section.title}]({name}.png)"]
-    text = "\n".join(lines) + "\n"
-    with atomic_write(folder / "report.md") as path:
-        path.write_text(text, "utf-8")
     with atomic_write(folder / "report.html") as path:
         path.write_text(to_html(text, folder), "utf-8")
     return folder / "report.md"
@@ -100,9 +129,8 @@ def to_html(text: str, folder: Path) -> str:
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "md_in_html"])
 
     def inline(match: re.Match) -> str:
-        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{picture}"'
+        picture = base64.b64encode((folder / match[2]).read_bytes()).decode()
+        return f'{match[1]}src="data:image/png;base64,{picture}"'
 
-    body = re.sub(r'src="(\w+\.png)"', inline, body)
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<title>LoRA on GPT-2'
-            f"</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")
+    body = re.sub(r'(<img [^<>]*)src="(\w+\.png)"', inline, body)
+    return f"{PAGE}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"

@@ -1,29 +1,26 @@
 """The report's sections about tasks whose answers are single words, and about cost."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from checkpoints.files import read_json
 from checkpoints.hub_format import read_hub_shape
 from dataloader import find_task
+from experiments.escaping import fenced, plain
 from experiments.figures import accuracy_dots, heat_map, rate_lines, validation_curves
+from experiments.finished_runs import TrainedRun
 from experiments.plan import RANKS
 from experiments.results import (
     Row,
     Section,
-    TrainedRun,
     basis,
     commands,
-    fenced,
     losses,
     mean_and_deviation,
-    plain,
-    predictions_beside,
 )
 from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES, GPTConfig
@@ -50,14 +47,23 @@ def difference(runs: Sequence[TrainedRun], others: Sequence[TrainedRun]) -> str:
     Pairs the results by example, each averaged over the seeds first; the interval covers the
     choice of test examples, not that of seeds.
     """
+    if len({tuple(questions(run)) for run in (*runs, *others)}) > 1:
+        return "other test examples"
     mine, theirs = (np.mean([right(run) for run in side], axis=0) for side in (runs, others))
     gap = mine - theirs
+    if len(gap) == 1:  # no interval
+        return f"{gap.mean():+.3f}"
     return f"{gap.mean():+.3f} ± {1.96 * gap.std(ddof=1) / len(gap) ** 0.5:.3f}"
 
 
 def right(run: TrainedRun) -> list[bool]:
     """Return whether the best checkpoint got each test example right."""
     return [row["label"] == row["truth"] for row in run.predictions["best"]]
+
+
+def questions(run: TrainedRun) -> list[tuple[str, int]]:
+    """Return the texts and the right labels of the test examples."""
+    return [(row["text"], row["truth"]) for row in run.predictions["best"]]
 
 
 def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
@@ -107,13 +113,13 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
         if not found:
             lines.append([plain(row.label), "", row.trouble, *[""] * 4])
             continue
-        scores = read_json(found[0])
+        scores = found[0].results
         n, constrained = scores["n"], scores["constrained_accuracy"]
         lines.append([plain(row.label), f"{n:,}", f"{scores['accuracy']:.3f}",
                       interval(scores["accuracy"], n), f"{scores['garbage'] / n:.1%}",
                       f"{constrained:.3f}", interval(constrained, n)])
         shown = shown or ["", f"Some answers to the prompt {plain(row.label)}, verbatim:", "",
-                          *fenced(verbatim(found[0]))]
+                          *fenced(verbatim(found[0].predictions))]
     text = ["A garbage answer does not hold exactly one label word; it counts as wrong. The "
             "constrained accuracy takes the likeliest label word as the answer. Decoding is "
             "greedy."]
@@ -121,9 +127,8 @@ def zero_shot(rows: Sequence[Row], config: TrainConfig) -> Section:
                    text + markdown_table(lines) + shown + commands(rows))
 
 
-def verbatim(results: Path) -> list[str]:
+def verbatim(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return six test examples, evenly spaced, each with the model's answer."""
-    predictions = predictions_beside(results)
     return [f"{row['text'][:60]!r:64} -> {row['generated']!r}"
             for row in predictions[:: max(1, len(predictions) // 6)][:6]]
 
@@ -218,12 +223,13 @@ def cost(rows: Sequence[Row]) -> Section:
         for run in row.runs:
             seconds.append(training_seconds(run.metrics, config.window, config.max_iters))
             memory.append(max(line.get("memory_mib", 0.0) for line in run.metrics))
-        speed = config.max_iters * config.window / statistics.mean(seconds)
+        examples = config.max_iters * config.window
+        speed = f"{examples / statistics.mean(seconds):.1f}" if all(seconds) else "–"
         lines.append([
             plain(row.label), f"{parameters['trained']:,}",
             f"{parameters['trained'] / parameters['total']:.2%}", mean_and_deviation(seconds, 1),
-            f"{speed:.1f}", f"{statistics.mean(memory):,.0f}",
-            f"{first.checkpoint_bytes / 1e6:.1f}"])
+            speed, f"{statistics.mean(memory):,.0f}",
+            f"{first.checkpoint_bytes / 1e6:.1f}" if first.checkpoint_bytes else "–"])
     text = ["The time is that of the optimizer steps alone; programs that ran beside them may "
             "have slowed them down. Memory is the most that the process held up to its last "
             "validation (on a GPU, what torch allocated). The checkpoint's size is that of the "

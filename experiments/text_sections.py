@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from checkpoints.files import read_json
 from dataloader import make_task
+from experiments.escaping import one_line, plain, visible
 from experiments.figures import validation_curves
 from experiments.results import (
     Row,
@@ -20,8 +20,6 @@ from experiments.results import (
     commands,
     losses,
     mean_and_deviation,
-    plain,
-    predictions_beside,
 )
 from tasks.base import Task
 from tasks.scores import Metric, markdown_table
@@ -64,14 +62,14 @@ def results_of(row: Row) -> list[dict[str, Any]]:
     """Return the results of the best checkpoints, or of the base model."""
     if row.trains:
         return [run.results["best"] for run in row.runs]
-    return [read_json(path) for path in row.untrained]
+    return [scores.results for scores in row.untrained]
 
 
 def predictions_of(row: Row) -> list[dict[str, Any]]:
     """Return the predictions of the first seed's best checkpoint, or of the base model."""
     if row.trains:
         return row.runs[0].predictions["best"]
-    return predictions_beside(row.untrained[0])
+    return row.untrained[0].predictions
 
 
 def metrics_table(rows: Sequence[Row], metrics: Mapping[str, Metric]) -> list[str]:
@@ -100,10 +98,13 @@ def examples(rows: Sequence[Row], task: Task, seed: int) -> list[str]:
     """Return test questions, drawn with `seed`, each with the answers of the rows' models."""
     if not rows:
         return []
-    predictions = [predictions_of(row) for row in rows]
+    first, found = predictions_of(rows[0]), [(row, predictions_of(row)) for row in rows]
+    questions = [row[task.text_field] for row in first]
+    rows, predictions = zip(*(pair for pair in found if questions == [
+        row[task.text_field] for row in pair[1]]), strict=True)  # of other test examples: not here
     number = len(predictions[0])
     drawn = sorted(random.Random(seed).sample(range(number), min(EXAMPLES, number)))
-    titles = ["question", "right answer", *(row.label for row in rows)]
+    titles = ["question", "right answer", *(one_line(row.label) for row in rows)]
     lines = ["<table>", html_row("th", map(html.escape, titles))]
     for i in drawn:
         texts = [predictions[0][i]["reference"], *(each[i]["generated"] for each in predictions)]
@@ -124,5 +125,5 @@ def preformatted(text: str) -> str:
 
 def in_one_line(text: str, line_end: str) -> str:
     """Escape any text and its line ends, because a blank line would end the table."""
-    lines = html.escape(text).encode("utf-8", "replace").decode().splitlines()
-    return line_end.join(lines)
+    lines = text.replace("\r\n", "\n").split("\n")
+    return line_end.join(html.escape(visible(line)).replace("\t", "&#9;") for line in lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import write_json
+from dataloader import resolve_dataset
 from experiments.jobs import Job
 from experiments.results import Row
 from runtime.run_folder import FINISHED_FILE
@@ -19,14 +20,16 @@ def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Jo
     for name, judged in (("best", hits), ("last", [False] * len(hits))):
         accuracy = sum(judged) / len(judged)
         write_json(folder / name / "results.json", {
-            "accuracy": accuracy, "n": len(judged), "garbage": len(judged) - sum(judged)})
-        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1} for hit in judged]
+            "accuracy": accuracy, "constrained_accuracy": accuracy, "n": len(judged),
+            "garbage": len(judged) - sum(judged)})
+        rows = [{"text": "t", "truth": 1, "label": 1 if hit else -1, "generated": " a word"}
+                for hit in judged]
         (folder / name / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "best" / "adapter_model.safetensors").write_bytes(b"0" * 2_500_000)
     write_json(folder / "config.json", {
-        "settings": asdict(TrainConfig()) | settings, "device": "cpu", "dtype": "float32",
-        "processor": "a chip", "parameters": {"trained": 5, "total": 1000}, "commit": "abc",
-        "validation_reviews": 7})
+        "settings": asdict(resolve_dataset(TrainConfig(**settings))), "device": "cpu",
+        "dtype": "float32", "processor": "a chip", "parameters": {"trained": 5, "total": 1000},
+        "commit": "abc", "validation_reviews": 7})
     lines = [{"iteration": 0, "validation_loss": 9.0, "validation_accuracy": 0.0, "memory_mib": 64},
              {"iteration": 0, "train_loss": 9.0, "reviews_per_second": 64.0},
              {"iteration": 40, "validation_loss": loss, "validation_accuracy": 0.5,

@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from made_runs import make_run
 
 from checkpoints.trainer_state import STATE_FILE
 from experiments.jobs import Job, run_jobs, share_of_machine
-from runtime.run_folder import mark_finished
+from runtime.run_folder import FINISHED_FILE
 
 # A stand-in for train.py: it notes its arguments and when it ran, and does as it is told.
 SCRIPT = """
@@ -51,6 +53,17 @@ def failing(script: str, name: str, reason: str) -> Job:
     failing.folder.mkdir()
     (failing.folder / "reason").write_text(reason)
     return failing
+
+
+def stop(folder: Path, script: str = "train.py", **settings: object) -> Job:
+    """Write a training run that was interrupted."""
+    job = make_run(folder, "10", **settings)._replace(script=script)
+    for name in ("best", "last"):
+        shutil.rmtree(folder / name)
+    (folder / FINISHED_FILE).unlink()
+    (folder / "metrics.jsonl").write_text('{"iteration": 3, "train_loss": 1.0}\n')
+    (folder / STATE_FILE).touch()
+    return job
 
 
 def outcomes(jobs: list[Job], at_once: int = 1) -> dict[str, str]:
@@ -95,14 +108,13 @@ def test_state_of_a_job_that_was_stopped_after_its_last_result_is_deleted(script
 
 
 def test_interrupted_job_resumes_and_a_fresh_one_gets_its_settings(script: str) -> None:
-    fresh, stopped = job(script, "fresh", lr=0.1), job(script, "stopped", lr=0.1)
-    stopped.folder.mkdir()
-    (stopped.folder / STATE_FILE).touch()
+    fresh = job(script, "fresh", learning_rate=0.1)
+    stopped = stop(Path(script).parent / "stopped", script, learning_rate=0.1)
     assert (fresh.interrupted, stopped.interrupted) == (False, True)
     outcomes([fresh, stopped])
     heard = {each.name: json.loads((each.folder / "started").read_text())[0]
              for each in (fresh, stopped)}
-    assert heard["fresh"] == ["lr=0.1", f"out_dir={fresh.folder}"]
+    assert heard["fresh"] == ["learning_rate=0.1", f"out_dir={fresh.folder}"]
     assert heard["stopped"] == ["init_from=resume", f"out_dir={stopped.folder}"]
 
 
@@ -137,12 +149,10 @@ def test_log_keeps_what_a_job_said_last_time(script: str) -> None:
 
 
 def test_training_run_is_finished_when_its_folder_says_so(tmp_path: Path) -> None:
-    each = Job("run", "train.py", {}, tmp_path)
-    (tmp_path / STATE_FILE).touch()
-    assert each.state == "interrupted"
-    mark_finished(tmp_path, 3)
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 3}\n')
+    each = make_run(tmp_path / "done", "10")
     assert each.state == "finished"
+    stopped = stop(tmp_path / "stopped")
+    assert stopped.state == "interrupted"
 
 
 def test_error_of_an_earlier_attempt_is_not_reported_again(script: str) -> None:

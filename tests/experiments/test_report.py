@@ -9,11 +9,13 @@ import pytest
 from made_runs import cells, make_run, missing, row
 
 from checkpoints.files import write_json
+from experiments.finished_runs import load_run
 from experiments.jobs import Job
 from experiments.plan import ExperimentsConfig
 from experiments.report import sections, write_report
-from experiments.results import Row, load_run
+from experiments.results import Row
 from experiments.sections import accuracy_table, difference, interval, shares
+from runtime.run_folder import FINISHED_FILE
 from tasks.scores import wilson_interval
 
 QUESTIONS = ("shares", "zero_shot", "curves", "alpha", "prompts", "grid", "rates", "layers")
@@ -33,8 +35,9 @@ def questions(tmp_path: Path) -> dict[str, list[Row]]:
                          for seed in (0, 1)), lora_rank=0)
     folder = tmp_path / "zero" / "zero_shot-gpt2-mini"
     write_json(folder / "results-x.json", {
-        "accuracy": 0.25, "constrained_accuracy": 0.5, "garbage": 3, "n": 4})
-    prediction = {"text": "a | `b` <b>", "generated": " ```\n| </pre><script>x</script>"}
+        "accuracy": 0.0, "constrained_accuracy": 0.5, "garbage": 1, "n": 1})
+    prediction = {"text": "a | `b` <b>", "generated": " ```\n| </pre><script>x</script>",
+                  "truth": 1, "label": -1}
     (folder / "predictions-x.jsonl").write_text(json.dumps(prediction))
     zero = Job("zero", "generate.py", {}, tmp_path / "zero", "zero_shot-*/results*.json")
     return {"shares": [], "zero_shot": [Row("default", {"prompt": "default"}, [zero], {})],
@@ -173,12 +176,14 @@ def test_template_of_many_lines_breaks_no_table(
 
 
 def test_rows_show_interrupted_runs_and_the_last_error_of_a_log(tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "trainer_state.pt").touch()
+    half = make_run(tmp_path / "half", "1")
+    (half.folder / FINISHED_FILE).unlink()
+    (half.folder / "metrics.jsonl").write_text('{"iteration": 3, "train_loss": 1.0}\n')
+    (half.folder / "trainer_state.pt").touch()
     failed = missing(tmp_path / "failed")
     failed.folder.mkdir()
     failed.log.write_text("error: out of luck\n")
-    rows = [row("half", missing(tmp_path / "half")), row("failed", failed)]
+    rows = [row("half", half), row("failed", failed)]
     _, *lines = cells(accuracy_table(rows, rows[0]))
     states = [line[1] for line in lines]
     assert states == ["0 of 1: interrupted", "0 of 1: failed: out of luck"]

@@ -5,7 +5,9 @@ from pathlib import Path
 from made_runs import make_run
 
 from checkpoints.files import read_json, write_json
-from experiments.results import load_run, mean_and_deviation, plain
+from dataloader import resolve_dataset
+from experiments.finished_runs import load_run
+from experiments.results import mean_and_deviation
 from train import TrainConfig
 
 
@@ -26,8 +28,4 @@ def test_run_of_an_older_version_has_the_defaults_of_settings_it_does_not_name(
     about = read_json(job.folder / "config.json")
     del about["settings"]["gradient_accumulation_steps"]
     write_json(job.folder / "config.json", about)
-    assert load_run(job.folder).config == TrainConfig(batch_size=4)
-
-
-def test_any_text_fits_into_a_cell() -> None:
-    assert plain("a|b\n <i> *c* [d](e)") == "a\\|b &lt;i&gt; \\*c\\* \\[d](e)"
+    assert load_run(job.folder).config == resolve_dataset(TrainConfig(batch_size=4))

@@ -9,6 +9,7 @@ import pytest
 from made_runs import cells, missing
 
 from checkpoints.files import write_json
+from dataloader import resolve_dataset
 from experiments.jobs import Job
 from experiments.plan import ExperimentsConfig
 from experiments.report import write_report
@@ -21,7 +22,7 @@ from tasks.scores import Metric, TextPrediction
 from train import TrainConfig
 
 OUTPUTS = [f"```python\nx = {i}\n\nprint('<b>', x)\n```" for i in range(30)]
-TASK = PythonCodesTask()
+TASK, TASK_SETTING = PythonCodesTask(), {"task": "python_codes"}
 
 
 @pytest.fixture
@@ -44,14 +45,15 @@ def trained(folder: Path, generated: list[str], nats: float) -> Job:
         (folder / name).mkdir(parents=True)
         write_scores(folder / name, generated, nats)
     write_json(folder / "config.json", {
-        "settings": asdict(TrainConfig(task="python_codes")), "device": "cpu", "dtype": "float32",
+        "settings": asdict(resolve_dataset(TrainConfig(**TASK_SETTING))),
+        "device": "cpu", "dtype": "float32",
         "parameters": {"trained": 5, "total": 100}, "validation_reviews": 7})
     lines = [{"iteration": 0, "validation_loss": 9.0, "memory_mib": 64},
              {"iteration": 0, "train_loss": 9.0, "reviews_per_second": 64.0},
              {"iteration": 40, "validation_loss": nats / 2, "memory_mib": 64}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / FINISHED_FILE, {"iteration": 80})
-    return Job(folder.name, "train.py", {}, folder)
+    return Job(folder.name, "train.py", TASK_SETTING, folder)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def rows(tmp_path: Path) -> list[Row]:
     """The base model, a variant of two seeds, and one that has not run."""
     (tmp_path / "zero" / "zero_shot-x").mkdir(parents=True)
     write_scores(tmp_path / "zero" / "zero_shot-x", ["</pre><script>"] * 30, 8.0, "-mine")
-    zero = Job("zero", "generate.py", {}, tmp_path / "zero", "zero_shot-*/results*.json")
+    zero = Job("zero", "generate.py", TASK_SETTING, tmp_path / "zero", "zero_shot-*/results*.json")
     seeds = [trained(tmp_path / "a", OUTPUTS, 2.0), trained(tmp_path / "b", ["no code"] * 30, 4.0)]
     rank = {"lora_rank": 8}
     return [Row("base", {"prompt": "default"}, [zero], {}), Row("LoRA", rank, seeds, {}),

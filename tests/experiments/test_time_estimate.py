@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import make_run
 
 from bench.flops import matrix_peak, useful_flops
 from experiments.jobs import Job
 from experiments.time_estimate import STARTUP, Estimate
 from model import GPTConfig
-from runtime.run_folder import mark_finished
 from train import TrainConfig
 
 
@@ -57,10 +57,11 @@ def test_finished_runs_correct_the_estimate(
     first = Estimate(config, 1, [])
     seconds = factor * first.training(job(tmp_path))
     reviews = config.max_iters * config.batch_size * config.gradient_accumulation_steps
-    line = {"iteration": 0, "reviews_per_second": reviews / seconds}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    mark_finished(tmp_path, config.max_iters)
-    corrected = Estimate(config, 1, [job(tmp_path)])
+    done = make_run(tmp_path / "done", "1")
+    lines = [{"iteration": 0, "reviews_per_second": reviews / seconds},
+             {"iteration": 80, "validation_loss": 1.0}]
+    (done.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corrected = Estimate(config, 1, [done])
     assert corrected.training(job(tmp_path)) == pytest.approx(seconds)
 
 
