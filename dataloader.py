@@ -144,9 +144,7 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: next(differ, limit)]
 
 
-def make_batches(
-    examples: Sequence[Example], prefix: list[int], batch_size: int
-) -> list[Batch]:
+def make_batches(examples: Sequence[Example], prefix: list[int], batch_size: int) -> list[Batch]:
     """Sort `examples` by length and split them into batches with `equal_parts`."""
     by_length = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
     lengths = [len(e.prompt) + len(e.answer) - len(prefix) for e in by_length]
@@ -207,6 +205,8 @@ class CustomDataLoader:
         """Return the records of a split, each with an `instr_tuned_text`."""
         if split not in self._records:
             records = self.task.read(self.dataset, split)
+            if not records:
+                raise ValueError(f"{self.dataset}: the {split} split is empty")
             if split == "train" and 0 < self.train_size < len(records):
                 records = random.Random(f"subset {self.seed}").sample(records, self.train_size)
             self._records[split] = [self._add_instruction_finetuning(rec) for rec in records]
@@ -234,21 +234,21 @@ class CustomDataLoader:
     def encode_prompt(self, record: Record, room: int = 0) -> list[int]:
         """Return the prompt's token ids, its text cut so that `room` tokens and the answer fit.
 
-        Raises ValueError if the instruction alone is too long.
+        Raises ValueError if no token of the text fits beside the instruction.
         """
         room = max(room, self.answer_room)
         ids, limit = self._encode(self.task.prompt(record)), self.block_size - room
         text_ids = self._encode(record[self.task.text_field]) if len(ids) > limit else []
-        kept = len(text_ids)
+        kept, copies = len(text_ids), self.task.template.count("{text}") or 1
         while len(ids) > limit:
-            if kept == 0:
-                raise ValueError(
-                    f"block_size={self.block_size} is too small for an instruction of {len(ids)} "
-                    f"tokens and an answer of {room}"
-                )
-            kept = max(0, kept - (len(ids) - limit))
+            over = -(-(len(ids) - limit) // copies)
+            kept = max(kept - over, min(kept - 1, 1), 0)  # a single token is the last try
             text = self.tokenizer.decode(text_ids[:kept], errors="ignore")
             ids = self._encode(self.task.prompt(record | {self.task.text_field: text}))
+            if not text:
+                raise ValueError(
+                    f"block_size={self.block_size} is too small for an instruction of {len(ids)} "
+                    f"tokens, an answer of {room} and some text")
         if not ids:
             raise ValueError(f"a prompt without words: {record[self.task.text_field]!r:.60}")
         return ids
@@ -262,8 +262,23 @@ class CustomDataLoader:
     @property
     def answers_cut(self) -> int:
         """Number of training answers that were too long for a sequence."""
-        end = self.tokenizer.eot_token
-        return sum(example.answer[-1] != end for example in self._training_set[0])
+        return sum(e.answer[-1] != self.tokenizer.eot_token for e in self._training_set[0])
+
+    def texts_cut(self, records: Iterable[Record], room: int = 0) -> int:
+        """Count the `records` whose text `encode_prompt` cuts."""
+        limit = self.block_size - max(room, self.answer_room)
+        return sum(len(self._encode(self.task.prompt(record))) > limit for record in records)
+
+    def notes(self, *splits: str) -> list[str]:
+        """Return sentences on what is cut in these splits, and on test texts in training too."""
+        data = {split: self.records(split) for split in splits}
+        train, test = data.get("train", []), data.get("test", [])
+        cut = f"cut to fit into {self.block_size} tokens"
+        counts = {f"of their answers are {cut}": self.answers_cut if train else 0}
+        for split, records in data.items():
+            counts[f"of {len(records):,} texts in {split} are {cut}"] = self.texts_cut(records)
+        counts[f"of {len(test):,} texts in test are also in train"] = self.task.shared(train, test)
+        return [f"{count:,} {said}" for said, count in counts.items() if count]
 
     def _encode(self, text: str) -> list[int]:
         """Tokenize plain text; a special token spelled out in a review stays plain text."""

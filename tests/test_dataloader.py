@@ -143,13 +143,68 @@ def test_odd_and_long_reviews_are_cut_and_nothing_else_is(prompt: str, text: str
 
 
 @each_prompt
-def test_block_too_small_for_the_instruction_is_refused(prompt: str) -> None:
+@pytest.mark.parametrize("text", ["dull", "", "🎬"])  # one token, none, a character of several
+def test_block_without_room_for_the_instruction_and_some_text_is_refused(
+    prompt: str, text: str
+) -> None:
     instruction = len(encode(get_sentiment_prompt("", prompt=prompt)))
-    record = {"text": "dull", "label": 0}
-    assert len(make_loader(prompt=prompt, block_size=instruction + 8).encode_prompt(record)) > 8
-    message = f"block_size={instruction + 7} is too small for an instruction of {instruction} "
-    with pytest.raises(ValueError, match=f"{message}tokens and an answer of 8"):
-        make_loader(prompt=prompt, block_size=instruction + 7).encode_prompt(record)
+    whole = len(encode(get_sentiment_prompt(text, prompt=prompt)))
+    record = {"text": text + " film" * 300 if text else "", "label": 0}
+    fits = make_loader(prompt=prompt, block_size=whole + 8)
+    ids = fits.encode_prompt(record)
+    assert len(ids) <= whole
+    assert get_tokenizer().decode(ids) == get_sentiment_prompt(text, prompt=prompt)
+    small = make_loader(prompt=prompt, block_size=whole + 7)
+    message = (f"^block_size={whole + 7} is too small for an instruction of {instruction} tokens, "
+               "an answer of 8 and some text$")
+    with pytest.raises(ValueError, match=message):
+        small.encode_prompt(record)
+
+
+def test_text_that_a_prompt_repeats_is_cut_no_more_than_needed() -> None:
+    loader = make_loader(prompt="{text}? {text}!", block_size=60)
+    ids = loader.encode_prompt({"text": "film " * 200})
+    assert 48 <= len(ids) <= 52
+
+
+# --- what is cut -----------------------------------------------------------------------------
+
+
+def write_reviews(folder: Path, **texts: list[str]) -> str:
+    for split, lines in texts.items():
+        rows = (json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(lines))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def test_notes_count_the_texts_that_are_cut_and_those_that_training_has_seen(
+    tmp_path: Path,
+) -> None:
+    data = write_reviews(
+        tmp_path, train=["A  fine film\n", "dull", "long " * 90],
+        test=["dull", "a fine film ", "so"], validation=["many words " * 60, "few"])
+    loader = make_loader(data, block_size=64)
+    cut = "cut to fit into 64 tokens"
+    assert loader.notes("train", "validation", "test") == [
+        f"1 of 3 texts in train are {cut}", f"1 of 2 texts in validation are {cut}",
+        "2 of 3 texts in test are also in train"]
+    assert loader.notes("test") == []
+    assert make_loader(data, block_size=256).notes("train") == []
+    one = make_loader(data, block_size=64, train_size=1)
+    (used,) = [record["text"] for record in one.records("train")]
+    seen = [] if used.startswith("long") else ["1 of 3 texts in test are also in train"]
+    assert [note for note in one.notes("train", "test") if "also" in note] == seen
+
+
+def test_texts_cut_are_those_whose_prompt_is_shorter_than_the_whole(
+    real_reviews: list[dict[str, Any]]
+) -> None:
+    loader = make_loader(prompt="default", block_size=100)
+    for room in (0, 20, 30):
+        whole = [encode(get_sentiment_prompt(record["text"])) for record in real_reviews]
+        prompts = [loader.encode_prompt(record, room) for record in real_reviews]
+        cut = sum(prompt != ids for prompt, ids in zip(prompts, whole, strict=True))
+        assert 0 < loader.texts_cut(real_reviews, room) == cut < len(real_reviews)
 
 
 @pytest.mark.parametrize("prompt", ["defualt", "", "Is this good?"])

@@ -153,6 +153,12 @@ def test_example_in_the_docstring_of_task_is_a_task() -> None:
     assert task.tell(predictions[0]) == ["abc"]
 
 
+def test_empty_split_of_any_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="the train split is empty"):
+        CustomDataLoader(str(tmp_path), EchoTask(), 64).window(0, 1, 1)
+
+
 # --- errors ----------------------------------------------------------------------------------
 
 
@@ -213,8 +219,10 @@ def test_long_answer_is_cut_at_its_end_and_counted(questions: str) -> None:
     assert example.answer == whole[: len(example.answer)]
     assert example.answer[-1] != END
     cut = sum(r is long for r in loader.records("train"))
-    assert loader.answers_cut == cut
-    assert loader_of(questions, 1024).answers_cut == 0
+    assert loader.answers_cut == cut == 1
+    assert loader.notes("train", "test") == [
+        "1 of their answers are cut to fit into 128 tokens"]
+    assert loader_of(questions, 1024).notes("train", "test") == []
 
 
 def test_long_question_leaves_half_of_the_sequence_to_the_answer(questions: str) -> None:
