@@ -267,11 +267,14 @@ class GPT(nn.Module):
         greedy. Without `past` and `lengths`, generation continues beyond the block size with the
         last `block_size` tokens.
 
-        Raises ValueError if rows with a `past` or with `lengths` would exceed the block size.
+        Raises ValueError for a row without tokens, for a negative `temperature` or `top_k`, or if
+        rows with a `past` or with `lengths` would exceed the block size.
         """
         limit = self.config.block_size
         room = limit - prefix_length(past)
         longest = idx.size(1) if lengths is None else int(lengths.max())
+        if not idx.size(1) or (lengths is not None and int(lengths.min()) < 1):
+            raise ValueError("each prompt needs at least one token")
         if (past is not None or lengths is not None) and longest + max_new_tokens - 1 > room:
             raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
         context = tokens = idx[:, :longest][:, -room:]  # (B, T)
@@ -370,6 +373,8 @@ def prefix_length(prefix: Prefix | None) -> int:
 
 def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
+    if not (temperature >= 0 and (top_k or 0) >= 0):
+        raise ValueError(f"temperature={temperature} and top_k={top_k} must not be negative")
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1, keepdim=True)
     # Subtract the largest logit first, so that no temperature overflows; one that float32 rounds

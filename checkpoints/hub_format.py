@@ -208,7 +208,7 @@ def _has_pickle(name_or_dir: str | Path) -> bool:
     """Tell whether a checkpoint without safetensors files has the older format's."""
     folder = _local_folder(name_or_dir)
     if folder is not None:
-        return (folder / PICKLE).is_file()
+        return any(folder.glob(f"{PICKLE}*"))  # or the index of its shards
     try:
         return bool(get_hf_file_metadata(hf_hub_url(str(name_or_dir), PICKLE)))
     except Exception:  # as in `_download`; the hub has told already why it gives no weights

@@ -54,11 +54,13 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
 
     PEFT has one pair per layer. A layer with G groups of rank r becomes an equivalent adapter of
     rank G·r with a block-diagonal B; alpha grows likewise and keeps the scaling unchanged.
-    Raises ValueError if `model` has no adapters.
+    Raises ValueError if `model` has no adapters, or of different ranks or scalings.
     """
     layers, targets, tensors, ranks, alphas = lora_layers(model), set(), {}, {}, {}
     if not layers:
         raise ValueError("the model has no adapters (lora_rank=0)")
+    if len({(layer.lora_B.size(1), layer.lora_scaling) for layer in layers.values()}) > 1:
+        raise ValueError("the adapters of the model differ in rank or alpha")
     for name, layer in layers.items():
         leaf, rank = ".".join(name.split(".")[-2:]), layer.lora_B.size(1)  # "attn.c_attn"
         targets.add(leaf)
@@ -105,7 +107,7 @@ def _check_config(config: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
     for key, default in PEFT_MATH.items():
         found = default if config.get(key) is None else config[key]
         if found != expected[key]:
-            raise ValueError(f"adapter has {key}={found}, the model {expected[key]}")
+            raise ValueError(f"adapter has {key}={found!s:.80}, the model {expected[key]}")
     for key in PEFT_EXTRAS:
         if config.get(key):
             raise ValueError(f"adapter has {key}={config[key]!r:.80}, which plain LoRA has not")

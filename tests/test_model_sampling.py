@@ -1,6 +1,8 @@
 """Which token is chosen: none that the tokenizer lacks, and a finite one at any temperature."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +68,20 @@ def test_tiny_temperature_is_greedy(
 def test_tiny_temperature_draws_among_equal_logits() -> None:
     logits: Tensor = torch.tensor([[1.0, 3.0, 3.0, 2.0]]).expand(200, -1)
     assert set(choose_token(logits, 5e-324, None).flatten().tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("width", "settings", "message"),
+    [
+        (3, {"temperature": -1.0}, r"temperature=-1\.0 .* must not be negative"),
+        (3, {"temperature": math.nan}, "temperature=nan .* must not be negative"),
+        (3, {"top_k": -1}, "top_k=-1 must not be negative"),
+        (3, {"lengths": torch.tensor([3, 0])}, "each prompt needs at least one token"),
+        (0, {}, "each prompt needs at least one token"),
+    ],
+)
+def test_what_no_token_can_follow_from_is_refused(
+    tiny: GPT, width: int, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(tiny.stream(torch.ones(2, width, dtype=torch.long), 2, **settings))

@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from checkpoints.files import read_json, read_tensors, write_json, write_tensors
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, PEFT_EXTRAS, load_adapter, save_adapter
+from lora import adapt
 from model import GPT
 
 A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -170,3 +171,12 @@ def test_integers_are_no_adapter_and_half_precision_is(base: Path, adapter: Path
     write_tensors(adapter / ADAPTER, tensors | {A: tensors[A].to(torch.int8)})
     with pytest.raises(ValueError, match=f"{ADAPTER}: {A} is torch.int8; weights are"):
         load_adapter(model, adapter)
+
+
+def test_adapters_of_different_settings_are_not_saved_as_one(base: Path, tmp_path: Path) -> None:
+    for rank, alpha in ((2, 8.0), (4, 16.0)):
+        model = adapt(GPT.from_pretrained(base), ["c_attn"], 4, 8.0)
+        adapt(model, ["mlp.c_proj"], rank, alpha)
+        with pytest.raises(ValueError, match="the adapters of the model differ in rank or alpha"):
+            save_adapter(model, tmp_path, "base")
+    assert list(tmp_path.iterdir()) == [base]
