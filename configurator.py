@@ -4,17 +4,17 @@ Config files look like nanoGPT's (`name = literal`, one per line) but are parsed
 """
 
 import ast
-import difflib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 ROOT = Path(__file__).parent  # holds assets/ and config/
 ALIASES = {"rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate"}
-KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+KINDS = {bool: "True or False", int: "an integer", float: "a finite number"}
 Config = TypeVar("Config")
 
 
@@ -32,15 +32,14 @@ def configure(
     """Build `cls` from `defaults` and `argv` (the command line), read from left to right.
 
     `--help` prints `description` first. Config files are found in the working directory or ROOT.
-
-    Raises ValueError for an unknown name, a value of the wrong type or range, or a bad config
-    file; the message names the value, its place and what is allowed.
+    Raises ValueError for an unknown name, a bad value or a bad config file, saying what is allowed.
     """
     hints = get_type_hints(cls, include_extras=True)
     names = [*hints, *(alias for alias in ALIASES if ALIASES[alias] in hints)]
-    values = dict(defaults or {})
-    if unknown := values.keys() - hints.keys():
+    if unknown := (defaults or {}).keys() - hints.keys():
         raise ValueError(f"saved by another version: unknown {', '.join(sorted(unknown))}")
+    values = {name: _coerce(f"saved setting {name}={value!r:.80}", str(value), hints[name])
+              for name, value in (defaults or {}).items()}
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
             print(_help(cls, hints, description or sys.modules[cls.__module__].__doc__ or ""))
@@ -105,28 +104,29 @@ def _read_file(path: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _coerce(where: str, text: str, hint: Any) -> Any:
-    """Turn `text` into the declared type of its setting, within its bounds or choices."""
-    kind, _, *bounds = get_args(hint)
+    """Turn `text` into the declared type of its setting, by its choices, bounds or function."""
+    kind, _, *rules = get_args(hint)
     if choices := get_args(kind):  # Literal["a", "b"]
         if text not in choices:
             raise ValueError(f"{where} must be one of {', '.join(choices)}")
         return text
+    if kind is str:  # a text's rule is a function: it returns the value or raises ValueError
+        return rules[0](where, text) if rules else text
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where} must be {KINDS[kind]}")
-    low, high = bounds[0] if bounds else (-math.inf, math.inf)
-    if kind is not str and not low <= value <= high:
+    low, high = rules[0] if rules else Bounds(-math.inf)
+    if not low <= value <= high:
         limit = f"at least {low:g}" if value < low else f"at most {high:g}"
         raise ValueError(f"{where} must be {limit}")
     return value
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return "".join(f"; did you mean {close!r}?" for close in get_close_matches(name, known, n=1))
 
 
 def _help(cls: type, hints: dict[str, Any], description: str) -> str:

@@ -15,12 +15,13 @@ from typing import Annotated, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from checkpoints.files import local_path
 from configurator import Bounds
 from model import IGNORE, GPTConfig
 from models.tokenizer import get_tokenizer
-from tasks.base import ClassificationTask, Task, prompt_template
+from tasks.base import ClassificationTask, Task, line_ends, prompt_template
 from tasks.python_code import PythonCodesTask
-from tasks.sources import Record
+from tasks.sources import SPLITS, Record, data_digest
 
 ANSWER_ROOM = 8  # tokens kept free after every prompt, at least
 PROMPTS = {
@@ -81,8 +82,8 @@ class TaskConfig:
     """Settings of the task: its data set and its prompt."""
 
     task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
-    dataset: Annotated[str, "a name or a folder; auto is the task's default data set"] = "auto"
-    prompt: Annotated[str, "a template's name, or any text with {text} in it"] = "default"
+    dataset: Annotated[str, "a name or a path; auto is the task's default", local_path] = "auto"
+    prompt: Annotated[str, "a template's name, or a text with {text} in it", line_ends] = "default"
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class CustomDataLoader:
         self, dataset: str, task: Task, block_size: int, train_size: int = 0,
         seed: int = 0, share_prefix: bool = True,
     ) -> None:
-        self.dataset, self.task, self.block_size = dataset, task, block_size
+        self.dataset, self.data_sha256 = dataset, data_digest(dataset)
+        self.task, self.block_size = task, block_size
         self.train_size, self.seed, self.share_prefix = train_size, seed, share_prefix
         self.tokenizer = get_tokenizer()
         self._records: dict[str, list[Record]] = {}
@@ -246,9 +248,8 @@ class CustomDataLoader:
             text = self.tokenizer.decode(text_ids[:kept], errors="ignore")
             ids = self._encode(self.task.prompt(record | {self.task.text_field: text}))
             if not text:
-                raise ValueError(
-                    f"block_size={self.block_size} is too small for an instruction of {len(ids)} "
-                    f"tokens, an answer of {room} and some text")
+                raise ValueError(f"block_size={self.block_size} is too small for an instruction of "
+                                 f"{len(ids)} tokens, an answer of {room} and some text")
         if not ids:
             raise ValueError(f"a prompt without words: {record[self.task.text_field]!r:.60}")
         return ids
@@ -269,14 +270,14 @@ class CustomDataLoader:
         limit = self.block_size - max(room, self.answer_room)
         return sum(len(self._encode(self.task.prompt(record))) > limit for record in records)
 
-    def notes(self, *splits: str) -> list[str]:
-        """Return sentences on what is cut in these splits, and on test texts in training too."""
-        data = {split: self.records(split) for split in splits}
-        train, test = data.get("train", []), data.get("test", [])
+    def notes(self) -> list[str]:
+        """Return sentences on what is cut to fit, and on test texts that are in training, too."""
+        train, _, test = map(self.records, SPLITS)
         cut = f"cut to fit into {self.block_size} tokens"
-        counts = {f"of their answers are {cut}": self.answers_cut if train else 0}
-        for split, records in data.items():
-            counts[f"of {len(records):,} texts in {split} are {cut}"] = self.texts_cut(records)
+        counts = {f"of {len(train):,} answers in train are {cut}": self.answers_cut}
+        for name in SPLITS:
+            records = self.records(name)
+            counts[f"of {len(records):,} texts in {name} are {cut}"] = self.texts_cut(records)
         counts[f"of {len(test):,} texts in test are also in train"] = self.task.shared(train, test)
         return [f"{count:,} {said}" for said, count in counts.items() if count]
 
@@ -325,6 +326,5 @@ def make_loader(config: DataConfig, shape: GPTConfig) -> CustomDataLoader:
         resolve_dataset(config).dataset, task, config.block_size or shape.block_size,
         config.train_size, config.seed)
     if shape.vocab_size < loader.tokenizer.n_vocab:
-        raise ValueError(f"the model has {shape.vocab_size} tokens, but GPT-2's tokenizer has "
-                         f"{loader.tokenizer.n_vocab}")
+        raise ValueError(f"vocab_size={shape.vocab_size} of the model is below GPT-2's 50257")
     return loader

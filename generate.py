@@ -7,12 +7,8 @@ python generate.py init_from=resume out_dir=out export=merged
 python generate.py init_from=gpt2-medium task=python_codes
 """
 
-import hashlib
 import json
-import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,7 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.files import atomic_write, write_json
+from checkpoints.files import (
+    anchored,
+    atomic_write,
+    local_path,
+    read_json,
+    slug,
+    write_json,
+)
+from checkpoints.hub_format import weights_digest
 from configurator import Bounds, run_script
 from dataloader import (
     CustomDataLoader,
@@ -34,7 +38,7 @@ from dataloader import (
 )
 from methods.build import MethodConfig, load_checkpoint
 from model import GPT, IGNORE
-from models.tokenizer import vocabulary_files
+from models.export import export_model
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -52,24 +56,32 @@ from runtime.processes import (
     start_processes,
 )
 from runtime.run_folder import FolderConfig, read_run, run_dtype
+from tasks.base import line_ends
 from tasks.scores import Completion
 from tasks.sources import Record
+
+
+def filled(where: str, text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{where} holds no words to answer")
+    return text
 
 
 @dataclass(frozen=True)
 class GenerateConfig(DeviceConfig, FolderConfig):
     """Settings of `generate.py`."""
 
-    init_from: Annotated[str, "resume (a run in out_dir), or an untrained model"] = "resume"
+    init_from: Annotated[
+        str, "resume (a run in out_dir), or an untrained model", local_path] = "resume"
     checkpoint: Annotated[Literal["best", "last"], "of the run (with resume)"] = "best"
     task: Annotated[str, "as in train.py; auto is the run's, else sentiment"] = "auto"
-    dataset: Annotated[str, "as in train.py; auto is the run's, else the task's default"] = "auto"
-    prompt: Annotated[str, "as in train.py; auto is the run's, else default"] = "auto"
+    dataset: Annotated[str, "as in train.py; auto is the run's or the task's", local_path] = "auto"
+    prompt: Annotated[str, "as in train.py; auto is the run's, else default", line_ends] = "auto"
     block_size: Annotated[int, "longest sequence; 0 is the run's, else the model's", Bounds(0)] = 0
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     limit: Annotated[int, "examples to score; -1 is the run's test_size, 0 all", Bounds(-1)] = -1
-    text: Annotated[str, "answer this text instead of scoring a split"] = ""
-    export: Annotated[str, "write the merged model to this new folder, for transformers"] = ""
+    text: Annotated[str, "answer this text instead of scoring a split", filled] = ""
+    export: Annotated[str, "write the merged model to this new folder", local_path] = ""
     max_new_tokens: Annotated[int, "longest answer in tokens; 0 is the task's", Bounds(0)] = 0
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
     top_k: Annotated[int, "sample among the k likeliest; 0 is all; 1 is greedy", Bounds(0)] = 0
@@ -105,7 +117,7 @@ class Subject(NamedTuple):
     settings: ModelSettings
     folder: Path
     dtype: torch.dtype
-    own_dtype: str  # of its run; "auto" for an untrained model
+    own_dtype: str  # of its run; an untrained model has that of `dtype`
 
 
 class ModelSampler:
@@ -194,12 +206,12 @@ class ModelSampler:
         return [(*self._text(ids), row) for ids, row in zip(said, odds, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that the answers depend on."""
+        """Return the settings and the data that the answers depend on."""
         loader = self.loader
-        return {"dataset": loader.dataset, "prompt": loader.task.template,
-                "dtype": dtype_name(self.dtype), "temperature": self.temperature,
-                "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
-                "block_size": loader.block_size}
+        return {"dataset": loader.dataset, "data_sha256": loader.data_sha256,
+                "prompt": loader.task.template, "dtype": dtype_name(self.dtype),
+                "temperature": self.temperature, "top_k": self.top_k,
+                "max_new_tokens": self.max_new_tokens, "block_size": loader.block_size}
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Return the text up to end-of-text, its number of tokens, and whether it ended."""
@@ -242,17 +254,7 @@ def score(
     return results
 
 
-def slug(text: str) -> str:
-    """Turn any text into a part of a file name; different texts give different names."""
-    name = re.sub(r"\W+", "-", text)
-    if name == text and len(name) <= 40:
-        return name
-    return f"{name[:40].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def resolve_question(
-    config: GenerateConfig, settings: ModelSettings, own_dtype: str = "auto"
-) -> Question:
+def resolve_question(config: GenerateConfig, settings: ModelSettings, dtype: str) -> Question:
     """Resolve every "auto" of `config` by the `settings` behind the model.
 
     Another task than the model's comes with its own default data set and prompt.
@@ -270,7 +272,7 @@ def resolve_question(
         train_size=settings.train_size, test_size=settings.test_size, seed=settings.seed,
         split=config.split, limit=own_limit if config.limit < 0 else config.limit,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-        sampling_seed=config.seed, dtype=own_dtype if config.dtype == "auto" else config.dtype,
+        sampling_seed=config.seed, dtype=dtype,
     )
 
 
@@ -283,7 +285,8 @@ def results_suffix(question: Question, own: Question, task: str) -> str:
     differs = {
         question.split: question.split != "test",
         f"task_{question.task}": question.task != task,
-        f"dataset_{slug(question.dataset)}": question.dataset != own.dataset,
+        f"dataset_{slug(question.dataset)}":
+            anchored(question.dataset) != anchored(own.dataset),
         f"prompt_{slug(question.prompt)}": question.prompt != own.prompt,
         f"block{question.block_size}": question.block_size != own.block_size,
         f"limit{question.limit}": question.limit != own.limit,
@@ -295,6 +298,15 @@ def results_suffix(question: Question, own: Question, task: str) -> str:
     return "".join(f"-{part}" for part, different in differs.items() if different)
 
 
+def spare_results(folder: Path, suffix: str, described: Mapping[str, Any]) -> str:
+    """Return a longer suffix if results of another precision or of other data have this one."""
+    path = folder / f"results{suffix}.json"
+    there = read_json(path) if path.is_file() else {}
+    parts = {"dtype": described["dtype"], "data_sha256": f"data_{described['data_sha256'][:8]}"}
+    return suffix + "".join(f"-{part}" for name, part in parts.items()
+                            if there.get(name, described[name]) != described[name])
+
+
 def load_subject(config: GenerateConfig) -> Subject:
     """Load the model that `config` names: an untrained one, or a checkpoint of a run."""
     device = start_processes(config.device)
@@ -302,31 +314,14 @@ def load_subject(config: GenerateConfig) -> Subject:
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
-        return Subject(model, UNTRAINED, folder, dtype, "auto")
+        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype))
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run.config(ModelSettings)
+    if settings.lora_rank:
+        run.refuse_changed_inputs(base_sha256=weights_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
     return Subject(model, settings, folder, dtype, run.dtype)
-
-
-def export_model(model: GPT, folder: Path) -> None:
-    """Write `model` with merged adapters and GPT-2's tokenizer to a new folder, or nothing at all.
-
-    transformers and the converters that build on it load the folder.
-    Raises ValueError if `folder` exists, OSError if it cannot be written.
-    """
-    if folder.exists():
-        raise ValueError(f"export={str(folder)!r} is there already; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch, folder.name)
-        model.save_pretrained(made)
-        for source, name in zip(vocabulary_files(), ("merges.txt", "vocab.json"), strict=True):
-            shutil.copyfile(source, made / name)
-        write_json(made / "tokenizer_config.json", {
-            "tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.block_size})
-        made.rename(folder)
 
 
 def answer_text(sampler: ModelSampler, text: str) -> None:
@@ -343,7 +338,7 @@ def answer(config: GenerateConfig) -> None:
             export_model(subject.model, Path(config.export))
             print(f"written: {config.export}")
         return
-    question = resolve_question(config, subject.settings, subject.own_dtype)
+    question = resolve_question(config, subject.settings, dtype_name(subject.dtype))
     own = resolve_question(GenerateConfig(task=question.task, split=question.split),
                            subject.settings, subject.own_dtype)
     loader = make_loader(question, subject.model.config)
@@ -356,8 +351,13 @@ def answer(config: GenerateConfig) -> None:
             answer_text(sampler, config.text)
         return
     suffix = results_suffix(question, own, subject.settings.task)
-    results = score(sampler, loader.spread(question.split, question.limit), subject.folder, suffix)
+    suffix = spare_results(subject.folder, suffix, sampler.describe())
+    records = loader.spread(question.split, question.limit)
+    results = score(sampler, records, subject.folder, suffix)
     if rank() == 0:
+        if cut := loader.texts_cut(records, sampler.max_new_tokens):
+            print(f"{cut:,} of {len(records):,} texts were cut to fit into {loader.block_size} "
+                  f"tokens")
         print(f"{subject.folder}, {loader.dataset} {question.split}: "
               f"{loader.task.describe(results)}")
         print(f"written: {subject.folder / f'results{suffix}.json'}")

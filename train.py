@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from checkpoints.files import anchored
+from checkpoints.hub_format import weights_digest
 from checkpoints.peft_format import save_adapter
 from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, configure, run_script
@@ -38,6 +39,8 @@ from runtime.device import (
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from runtime.processes import (
     any_rank,
+    check_same_processes,
+    check_shares,
     end_processes,
     of_rank_zero,
     own_share,
@@ -47,16 +50,15 @@ from runtime.processes import (
     sum_over_ranks,
     world_size,
 )
-from runtime.run_folder import MetricsLog, NewFolderConfig
 from runtime.tracking import TrackingConfig, start_tracking
 from tasks.scores import table
-
-Backend = Literal["auto", "nccl", "gloo"]
+from tasks.sources import NAMES
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    TrackingConfig, OptimizerConfig, MethodConfig, DataConfig, NewFolderConfig, DeviceConfig
+    TrackingConfig, OptimizerConfig, MethodConfig, DataConfig, run_folder.NewFolderConfig,
+    DeviceConfig,
 ):
     """Settings of `train.py`; the defaults are the homework's."""
 
@@ -70,7 +72,7 @@ class TrainConfig(
     always_save_checkpoint: Annotated[bool, "save `last` at every validation"] = True
     log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 1
     compile: Annotated[bool, "torch.compile the blocks; for GPUs"] = False
-    backend: Annotated[Backend, "of torchrun's processes; auto is nccl on CUDA"] = "auto"
+    backend: Annotated[Literal["auto", "nccl", "gloo"], "auto is nccl on CUDA"] = "auto"
 
     @property
     def window(self) -> int:
@@ -78,9 +80,9 @@ class TrainConfig(
         return self.batch_size * self.gradient_accumulation_steps
 
 
-# A resumed run may train longer: its decay, if any, keeps the steps it was planned for.
-LONGER = ("max_iters", "eval_only")
-MAY_DIFFER = (*LONGER, "lr_decay_iters", "device", "dtype")  # `resumed` has checked or set these
+# A resumed run may train longer, its decay as it was planned, and on another device.
+CHANGES = ("max_iters", "eval_only", "device", "backend")
+MAY_DIFFER = (*CHANGES, "lr_decay_iters", "dtype")  # `resumed` has checked or set these
 PROGRESS = ("iteration", "evaluated", "checkpoints")
 
 
@@ -112,7 +114,7 @@ def train_step(
         raise FloatingPointError(f"the loss of batch {i + 1} of {len(batches)} is {losses[i]:g}")
     scaler.unscale_(optimizer)
     if grad_clip:
-        nn.utils.clip_grad_norm_(trained, grad_clip)
+        torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # in place: new tensors would fragment the memory
@@ -139,7 +141,7 @@ class Run:
     """A model in training, its data, its optimizer, and its progress."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        check_processes(config)
+        check_shares(config.gradient_accumulation_steps)
         if not resume:
             run_folder.refuse_loss(config)
         self.config, self.folder = config, Path(config.out_dir)
@@ -152,6 +154,8 @@ class Run:
         self.model = build_model(config.init_from, config, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # all ranks share their adapters, not their dropout
         self.loader = make_loader(config, self.model.config)
+        self.digests = {"base_sha256": weights_digest(config.init_from),
+                        "data_sha256": self.loader.data_sha256}
         self.loader.records("test")  # a missing split is an error now, not after the training
         self.validation = self.loader.spread(
             "validation", config.eval_iters * config.eval_batch_size)
@@ -164,22 +168,22 @@ class Run:
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
         self.lock = run_folder.lock_folder(self.folder) if rank() == 0 else None
         if saved:
-            self.load_state(saved.processes)
+            self.load_state(saved)
         elif rank() == 0:
-            self.start_folder()
-        self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
-                        if rank() == 0 else MetricsLog(None))
+            run_folder.refuse_loss(config)  # again, now that this process holds the lock
+            run_folder.start_folder(config, **self.facts)
+        self.metrics = (run_folder.MetricsLog(self.folder, start_tracking(config, self.folder))
+                        if rank() == 0 else run_folder.MetricsLog(None))
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
 
-    def start_folder(self) -> None:
-        run_folder.refuse_loss(self.config)  # again, now that this process holds the lock
-        run_folder.start_folder(
-            self.config, **describe(self.device), processes=world_size(),
-            dtype=dtype_name(self.dtype), parameters=count_parameters(self.model)._asdict(),
-            validation_reviews=len(self.validation),
-        )
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `config.json` says about the run beside its settings."""
+        return {**describe(self.device), "dtype": dtype_name(self.dtype), **self.digests,
+                "processes": world_size(), "parameters": count_parameters(self.model)._asdict(),
+                "validation_reviews": len(self.validation)}
 
     def evaluate(self) -> None:
         """Validate, log, and save the checkpoints that are due."""
@@ -235,23 +239,27 @@ class Run:
         self.state.save(self.folder, asdict(self.config),
                         **{name: getattr(self, name) for name in PROGRESS})
 
-    def load_state(self, processes: int) -> None:
+    def load_state(self, saved: run_folder.SavedRun) -> None:
         """Continue from the saved state; later lines of `metrics.jsonl` are dropped.
 
-        `processes` is how many the run had. Raises ValueError if the state is damaged, belongs to
-        another run, or if the number of processes differs: their dropout masks would differ.
+        Raises ValueError if the state is damaged or of another run, or if the base model, the data
+        or the number of processes changed.
         """
-        if processes != world_size():
-            raise ValueError(f"a resumed run keeps its processes: {processes}, now {world_size()}")
+        check_same_processes(saved.processes)
+        saved.refuse_changed_inputs(**self.digests)
         state = self.state.read(self.folder, *PROGRESS)
         if changed := run_folder.changed_settings(state["settings"], self.config, MAY_DIFFER):
             raise ValueError(f"{self.folder / STATE_FILE} is another run's: {changed}")
+        if state["iteration"] > self.config.max_iters:
+            raise ValueError(f"max_iters={self.config.max_iters} is less than the "
+                             f"{state['iteration']} steps that the run has taken")
         self.state.restore(state, self.folder, generators=rank() == 0)
         self.iteration, self.evaluated = state["iteration"], state["evaluated"]
         if rank() == 0:  # the only rank that writes
             self.checkpoints = state["checkpoints"]
         if rank() == 0 and not self.config.eval_only:  # a validation alone changes no run
-            run_folder.reopen(self.folder, self.iteration, self.evaluated)
+            run_folder.continue_folder(
+                self.config, saved, self.iteration, self.evaluated, **self.facts)
 
     def close(self) -> None:
         try:
@@ -259,13 +267,6 @@ class Run:
         finally:
             if self.lock:
                 self.lock.release()
-
-
-def check_processes(config: TrainConfig) -> None:
-    """Raise ValueError unless the processes of the job can share the batches equally."""
-    if config.gradient_accumulation_steps % world_size():
-        raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
-                         f"must be a multiple of the {world_size()} processes that share them")
 
 
 def take_step(run: Run) -> str:
@@ -348,16 +349,16 @@ def print_start(run: Run) -> None:
     count, loader = count_parameters(run.model), run.loader
     print(f"{run.config.init_from} on {run.device}, {run.dtype}: training {count.trained:,} of "
           f"{count.total:,} parameters ({count.share:.2%}) on "
-          f"{len(loader.records('train')):,} {loader.task.noun}")
-    if loader.answers_cut:
-        print(f"{loader.answers_cut:,} of their answers are cut to fit into "
-              f"{loader.block_size} tokens")
+          f"{len(loader.records('train')):,} {loader.task.noun}",
+          *loader.notes(), sep="\n")
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]]:
     """Run `config` to its end; return the test results of the best and the last checkpoint."""
-    config = resolve_dataset(
-        replace(config, lr_decay_iters=config.lr_decay_iters or config.max_iters))
+    config = resolve_dataset(config)
+    config = replace(config, init_from=anchored(config.init_from, ["gpt2-mini"]),
+                     dataset=anchored(config.dataset, NAMES),
+                     lr_decay_iters=config.lr_decay_iters or config.max_iters)
     run = Run(config, resume)
     if rank() == 0:
         print_start(run)
@@ -377,10 +378,11 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
     Raises ValueError, naming them, for changes that would make it another run.
     """
-    settings = dict(run_folder.read_run(config.out_dir).settings)
+    saved = run_folder.read_run(config.out_dir)
+    settings = {**saved.settings, **asdict(saved.config(TrainConfig))}  # unknown ones are refused
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
     config = replace(config, init_from=settings["init_from"])
-    if changed := run_folder.changed_settings(settings, config, LONGER):
+    if changed := run_folder.changed_settings(settings, config, CHANGES):
         raise ValueError(f"a resumed run keeps its settings, but {changed}")
     return config
 
@@ -389,7 +391,8 @@ def resumed(config: TrainConfig) -> TrainConfig:
 def main(config: TrainConfig) -> None:
     set_up_memory()
     resume = config.init_from == "resume"
-    train(resumed(config) if resume else config, resume)
+    config = resumed(config) if resume else config
+    train(config, resume and run_folder.has_state(config))
 
 
 if __name__ == "__main__":

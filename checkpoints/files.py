@@ -1,10 +1,11 @@
 """JSON and safetensors files, written atomically."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
+# The temporary names of the files that runs write; see `atomic_write`.
+LEFTOVER = (r"\.(config|metrics|finished|trainer_state|loss|model|adapter_config|adapter_model"
+            r"|results.*|predictions.*)\.\d+\.(json|jsonl|pt|png|safetensors)")
 
 
 @contextmanager
@@ -41,9 +46,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder` and one level below."""
-    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
-        if re.fullmatch(r"\..+\.\d+\.(json|jsonl|pt|png|safetensors)", path.name):
+    """Remove the temporary files that killed processes left in `folder`."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(LEFTOVER, path.name):
             path.unlink()
 
 
@@ -120,3 +125,27 @@ def finite_float32(tensor: Tensor, where: str) -> Tensor:
 def packaged_file(distribution: str, file: str) -> Path:
     """Return the path of a data file in an installed wheel, without importing the package."""
     return Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
+
+
+def local_path(where: str, text: str) -> str:
+    """Return a setting's path, or name on the hub, with `~` expanded.
+
+    Raises ValueError, naming the place `where` it was set, if there is none.
+    """
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{where} must be a name or a path")
+    return os.path.expanduser(text)
+
+
+def anchored(name: str, names: Collection[str] = ()) -> str:
+    """Return the absolute path of a file or folder; one of `names`, or of the hub's, unchanged."""
+    return os.path.abspath(name) if name not in names and os.path.exists(name) else name
+
+
+def slug(text: str) -> str:
+    """Turn any text into a part of a file name; different texts give different names."""
+    name = re.sub(r"\W+", "-", text)
+    if name == text and len(name.encode()) <= SLUG_BYTES:
+        return name
+    short = name.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-")
+    return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

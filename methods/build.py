@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from checkpoints.files import local_path
 from checkpoints.peft_format import load_adapter
 from configurator import Bounds
 from lora import mark_only_lora_as_trainable
@@ -18,7 +19,8 @@ Qkv = Literal["split", "shared"]
 class MethodConfig:
     """Settings of the model and of what is trained; the defaults are the homework's."""
 
-    init_from: Annotated[str, "gpt2-mini, gpt2, a hub id, a folder, or resume"] = "gpt2-medium"
+    init_from: Annotated[
+        str, "gpt2-mini, gpt2, a hub id, a folder, or resume", local_path] = "gpt2-medium"
     lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0, MAX_RANK)] = 128
     lora_alpha: Annotated[float, "the update is scaled by alpha / rank", Bounds(0)] = 512.0
     lora_dropout: Annotated[float, "dropout on the input of A", Bounds(0, 1)] = 0.05

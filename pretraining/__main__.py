@@ -36,7 +36,9 @@ from runtime.run_folder import (
     MetricsLog,
     NewFolderConfig,
     changed_settings,
+    forget_checkpoint,
     lock_folder,
+    refuse_foreign_folder,
     reopen,
     start_folder,
 )
@@ -73,10 +75,8 @@ class Run:
     def __init__(self, config: PretrainConfig) -> None:
         self.config, self.folder = config, Path(config.out_dir)
         resume = config.init_from == "resume"
-        if (self.folder / STATE_FILE).exists() and not (resume or config.overwrite):
-            raise ValueError(
-                f"out_dir={config.out_dir!r} holds a run; resume it with init_from=resume, "
-                "choose another out_dir, or overwrite=True to replace it")
+        if not resume:
+            refuse_loss(config)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         torch.manual_seed(config.seed)
@@ -96,8 +96,13 @@ class Run:
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
         if not resume:
-            start_folder(config, **describe(self.device), dtype=dtype_name(self.dtype))
+            self.start_folder()
         self.metrics = MetricsLog(self.folder)
+
+    def start_folder(self) -> None:
+        refuse_loss(self.config)  # again, now that this process holds the lock
+        forget_checkpoint(self.folder / "model")
+        start_folder(self.config, **describe(self.device), dtype=dtype_name(self.dtype))
 
     def step(self) -> float:
         """Take one optimizer step; return its unweighted loss in nats per token."""
@@ -155,6 +160,15 @@ class Run:
         self.state.restore(state, self.folder)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         reopen(self.folder, self.iteration + 1, evaluated=False)
+
+
+def refuse_loss(config: PretrainConfig) -> None:
+    """Raise ValueError if a new run in `out_dir` would lose files, unless `overwrite` allows it."""
+    refuse_foreign_folder(config)
+    if Path(config.out_dir, STATE_FILE).exists() and not config.overwrite:
+        raise ValueError(
+            f"out_dir={config.out_dir!r} holds a run; resume it with init_from=resume, choose "
+            "another out_dir, or overwrite=True to replace it")
 
 
 def fit(run: Run) -> None:

@@ -50,6 +50,20 @@ def _in_a_job() -> bool:
     return True
 
 
+def check_shares(passes: int) -> None:
+    """Raise ValueError unless the processes of the job can share the passes of a step equally."""
+    if passes % world_size():
+        raise ValueError(f"gradient_accumulation_steps={passes} must be a multiple of the "
+                         f"{world_size()} processes that share them")
+
+
+def check_same_processes(number: int) -> None:
+    """Raise ValueError unless the job has as many processes: its dropout masks would differ."""
+    if number != world_size():
+        raise ValueError(f"a resumed run keeps its processes: {number}, now {world_size()}; "
+                         f"start it with torchrun --nproc_per_node={number}")
+
+
 def start_processes(device_name: str, backend: str = "auto") -> torch.device:
     """Join the process group, if there is one; return the device of this process.
 

@@ -6,11 +6,12 @@ and `finished.json` says that the run is complete.
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,13 +21,26 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from checkpoints.files import atomic_write, read_json, remove_leftovers, write_json
+from checkpoints.files import (
+    atomic_write,
+    local_path,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from checkpoints.trainer_state import STATE_FILE
-from configurator import ROOT
+from configurator import ROOT, configure
 from runtime.device import device_name, resolve_dtype
 from runtime.tracking import Tracker
 
 CONFIG_FILE, METRICS_FILE, FINISHED_FILE = "config.json", "metrics.jsonl", "finished.json"
+CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
+SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
+WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
+                "adapter_model.safetensors")
+PATHS = ("init_from", "dataset")  # settings that older runs kept relative
+INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
+FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
 # These change what a run reports, not what it computes.
 FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
@@ -39,7 +53,7 @@ Config = TypeVar("Config")
 class FolderConfig:
     """The setting that names a run's folder."""
 
-    out_dir: Annotated[str, "folder of the run"] = "out"
+    out_dir: Annotated[str, "folder of the run", local_path] = "out"
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class SavedRun:
     def config(self, cls: type[Config]) -> Config:
         """Return the settings as `cls`; a setting that the run does not name has its default.
 
-        Raises ValueError for a value of another type than the default's.
+        Raises ValueError for a value of another type than the default's, or out of its range.
         """
         known = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
         values = {name: value for name, value in self.settings.items() if name in known}
@@ -71,7 +85,14 @@ class SavedRun:
             if type(value) is not expected and (type(value), expected) != (int, float):
                 raise ValueError(f"{CONFIG_FILE}: {name}={value!r:.80} must be of type "
                                  f"{expected.__name__}")
-        return cls(**values)
+        return configure(cls, [], values)
+
+    def refuse_changed_inputs(self, **digests: str) -> None:
+        """Raise ValueError if a file's digest is not the one that the run noted when it began."""
+        for name, digest in digests.items():
+            if self.facts.get(name, digest) != digest:
+                raise ValueError(f"{INPUTS[name]} changed since the run began: its SHA-256 was "
+                                 f"{self.facts[name]!s:.12}..., now {digest:.12}...")
 
 
 def read_run(out_dir: str) -> SavedRun:
@@ -110,20 +131,37 @@ def changed_settings(
     return ", ".join(
         f"{name}={saved[name]!r}, now {value!r}" for name, value in asdict(config).items()
         if name not in FREE_SETTINGS and name not in ignore and saved[name] != value
+        and not (name in PATHS and Path(saved[name]).absolute() == Path(value).absolute())
     )
+
+
+def has_state(config: FolderConfig) -> bool:
+    """Return whether the run in `out_dir` has saved a state; if not, it must start again.
+
+    Raises ValueError if it has checkpoints, but no state: a new start would replace them.
+    """
+    folder = Path(config.out_dir)
+    held = [name for name in CHECKPOINTS if (folder / name).exists()]
+    if held and not (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"out_dir={config.out_dir!r} cannot be resumed: {STATE_FILE} is gone; generate.py "
+            f"scores its {' and '.join(held)}, and train.py with overwrite=True starts again")
+    return (folder / STATE_FILE).is_file()
 
 
 def refuse_loss(config: NewFolderConfig) -> None:
     """Raise ValueError if a new run in `out_dir` would lose work, unless `overwrite` allows it.
 
     A finished run of the same settings may be repeated, and so may one that was killed before it
-    saved its first state: both end with the same result.
+    saved its first state: both end with the same result. `overwrite` replaces runs alone: never
+    the files of other programs, nor the model to start from.
     """
     folder = Path(config.out_dir)
-    saved = [name for name in (STATE_FILE, "best", "last") if (folder / name).exists()]
+    refuse_foreign_folder(config)
+    saved = [name for name in (STATE_FILE, *CHECKPOINTS) if (folder / name).exists()]
     if config.overwrite or not saved:
         return
-    changed = changed_settings(read_run(config.out_dir).settings, config)
+    changed = changed_settings(read_json(folder / CONFIG_FILE)["settings"], config)
     if changed:
         held = f"a run of other settings ({changed}); choose another out_dir"
     elif STATE_FILE in saved and not is_finished(folder):
@@ -131,6 +169,51 @@ def refuse_loss(config: NewFolderConfig) -> None:
     else:
         return
     raise ValueError(f"out_dir={config.out_dir!r} holds {held}, or overwrite=True to replace it")
+
+
+def refuse_foreign_folder(config: NewFolderConfig) -> None:
+    """Raise ValueError unless `out_dir` is new or empty, or holds a run of the same script.
+
+    It may also hold whole runs and what our other scripts put beside them. Hidden files are not
+    looked at. The model that the run starts from must be elsewhere.
+    """
+    folder = Path(config.out_dir)
+    base = Path(getattr(config, "init_from", "") or folder.parent)
+    if base.exists() and base.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"init_from={str(base)!r} is in out_dir={str(folder)!r}, where the run "
+                         "would overwrite it; choose another out_dir")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir={str(folder)!r} is a file")
+    if (settings := _settings_of(folder)) is not None:
+        if (FINE_TUNING in settings) != hasattr(config, FINE_TUNING):
+            raise ValueError(f"out_dir={str(folder)!r} holds a run of another script; choose "
+                             "another out_dir")
+    elif foreign := [path.name for path in _visible(folder) if not _is_beside_runs(path)]:
+        raise ValueError(f"out_dir={str(folder)!r} holds files that no run wrote "
+                         f"({', '.join(foreign[:3])}); choose a new or an empty folder")
+
+
+def _settings_of(folder: Path) -> Mapping[str, Any] | None:
+    """Return the settings of the run in `folder`, or None if there is no run."""
+    try:
+        run = read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return None
+    settings = run.get("settings")
+    return settings if isinstance(settings, dict) and {"device", "dtype"} <= run.keys() else None
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*")) if folder.is_dir() else []
+
+
+def _is_beside_runs(path: Path) -> bool:
+    """Return whether a file or folder may stand where runs do: a log, scores, a report, runs."""
+    if not path.is_dir():
+        return path.name == "log.txt"
+    if path.name.startswith("zero_shot-") or (path / "report.md").is_file():
+        return True
+    return any(_settings_of(folder) is not None for folder in (path, *_visible(path)))
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -142,7 +225,8 @@ def lock_folder(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
-        remove_leftovers(folder)
+        for place in (folder, *(folder / name for name in CHECKPOINTS)):
+            remove_leftovers(place)
     except Timeout:
         raise ValueError(f"out_dir={str(folder)!r} is in use by another run") from None
     except NotImplementedError:  # as on some network drives
@@ -151,22 +235,48 @@ def lock_folder(folder: Path) -> FileLock:
 
 
 def start_folder(config: FolderConfig, **facts: Any) -> None:
-    """Remove what an earlier run left in `out_dir`, and write the settings of the new one."""
+    """Remove what an earlier run wrote to `out_dir`, and write the settings of the new one."""
     folder = Path(config.out_dir)
     # The state goes first: without it, nobody can resume from a folder that is half removed.
     for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, "loss.png"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("base", "best", "last"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(folder / CONFIG_FILE,
-               {"settings": asdict(config), **facts, "commit": git_commit()})  # type: ignore
+    for name in CHECKPOINTS:
+        forget_checkpoint(folder / name)
+    _write_run(config, facts | {"commit": git_commit()})
+
+
+def continue_folder(
+    config: NewFolderConfig, saved: SavedRun, iteration: int, evaluated: bool, **facts: Any
+) -> None:
+    """Write what the run in `out_dir` now is, then drop the metrics after its saved state.
+
+    The order matters: from the first write on, the run is one of the new `max_iters`, and a kill
+    at any later moment leaves it unfinished.
+    """
+    _write_run(config, {**saved.facts, **facts})
+    reopen(Path(config.out_dir), iteration, evaluated)
+
+
+def _write_run(config: FolderConfig, facts: Mapping[str, Any]) -> None:
+    write_json(Path(config.out_dir, CONFIG_FILE),
+               {"settings": asdict(config), **facts})  # type: ignore[call-overload]
 
 
 def forget_results(folder: Path) -> None:
     """Remove the scores and predictions of a checkpoint that is about to be replaced."""
-    for pattern in ("results*.json", "predictions*.jsonl"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    _remove(folder, SCORE_FILES)
+
+
+def forget_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint with its scores; files that no run wrote stay."""
+    _remove(folder, (*SCORE_FILES, *WEIGHT_FILES))
+    with suppress(OSError):  # it does not exist, or holds other files
+        folder.rmdir()
+
+
+def _remove(folder: Path, patterns: Sequence[str]) -> None:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def git_commit() -> str | None:
@@ -221,11 +331,24 @@ def mark_finished(folder: Path, iteration: int) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run has its record and its metrics, or an older run its last test score."""
-    metrics = read_metrics(folder)
-    recorded = (folder / FINISHED_FILE).is_file() and bool(metrics)
-    return recorded or any(key.startswith("test_") and key.endswith("_last")
-                           for line in metrics for key in line)
+    """Return whether a run has trained its steps and holds the scores of its checkpoints.
+
+    Its record says so; in an older run, the metrics hold its last test score.
+    """
+    metrics, settings = read_metrics(folder), _settings_of(folder) or {}
+    scored = all((folder / name / "results.json").is_file() for name in ("best", "last"))
+    steps = _count(settings.get("max_iters"))
+    if not (settings and metrics and scored):
+        return False
+    if (folder / FINISHED_FILE).is_file():
+        return _count(read_json(folder / FINISHED_FILE).get("iteration")) >= steps
+    return any(key.startswith("test_") and key.endswith("_last") for line in metrics
+               if _count(line.get("iteration")) >= steps for key in line)
+
+
+def _count(value: Any) -> int:
+    """Return a number of steps from a file that somebody may have edited."""
+    return value if isinstance(value, int) else 0
 
 
 def reopen(folder: Path, iteration: int, evaluated: bool) -> None:
@@ -257,11 +380,13 @@ def plot_losses(folder: Path) -> None:
         lines = [line for line in metrics if key in line]
         steps, losses = [line["iteration"] for line in lines], [line[key] for line in lines]
         axes.plot(steps, losses, style, label=key.replace("_", " "))
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)", title=folder.name)
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)")
+    axes.set_title(folder.name, parse_math=False)
     axes.set_yscale("log")  # a few steps teach the format, the long rest the task
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
-    with atomic_write(folder / "loss.png") as path:
+    with atomic_write(folder / "loss.png") as path, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the folder's name may hold an emoji
         figure.savefig(path, dpi=150)

@@ -31,6 +31,11 @@ def prompt_template(prompt: str, prompts: Mapping[str, str]) -> str:
     )
 
 
+def line_ends(_: str, text: str) -> str:
+    r"""Return a prompt of the command line or a config file, with `\n` as a line end."""
+    return text.replace("\\n", "\n")
+
+
 class Task(ABC):
     """Questions, right answers and scores: everything that depends on the data.
 

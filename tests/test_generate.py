@@ -22,6 +22,7 @@ from generate import (
     resolve_question,
     results_suffix,
     score,
+    spare_results,
 )
 from lora import lora_layers
 from methods.build import build_model, load_checkpoint
@@ -80,7 +81,8 @@ def suffix(*arguments: str) -> str:
     settings, config = replace(SETTINGS, test_size=3), configure(GenerateConfig, list(arguments))
     plain = GenerateConfig(task=config.task, split=config.split)
     own = resolve_question(plain, settings, "float32")
-    question = resolve_question(config, settings, "float32")
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    question = resolve_question(config, settings, dtype)
     return results_suffix(replace(question, max_new_tokens=question.max_new_tokens or 5),
                           replace(own, max_new_tokens=5), settings.task)
 
@@ -122,8 +124,72 @@ def test_names_differ_where_only_punctuation_does(one: str, other: str) -> None:
 
 
 def test_name_of_a_long_prompt_fits_a_file_system() -> None:
-    name = suffix("prompt=" + "Read the following review closely. " * 20 + "{text} Label:")
-    assert 10 < len(f".predictions{name}.1234567.jsonl".encode()) <= 255
+    for words in ("Read the following review closely. ", "判断这段影评的情感倾向", "é" * 40):
+        name = suffix(f"prompt={words * 20}{{text}} Label:", f"dataset={words * 9}",
+                      f"limit={2**63}", "temperature=0.123456789", f"seed={2**63 - 1}")
+        assert 10 < len(f".predictions{name}.1234567.jsonl".encode()) <= 255
+
+
+def test_results_of_another_precision_or_of_other_data_stay(tmp_path: Path) -> None:
+    asked = {"dtype": "bfloat16", "data_sha256": "ab" * 32}
+    assert spare_results(tmp_path, "-train", asked) == "-train"
+    write_json(tmp_path / "results-train.json", {"dtype": "bfloat16"})  # of an older version
+    assert spare_results(tmp_path, "-train", asked) == "-train"
+    write_json(tmp_path / "results-train.json", {"dtype": "float32", "data_sha256": "ab" * 32})
+    assert spare_results(tmp_path, "-train", asked) == "-train-bfloat16"
+    write_json(tmp_path / "results-train.json", {"dtype": "bfloat16", "data_sha256": "cd" * 32})
+    assert spare_results(tmp_path, "-train", asked) == "-train-data_abababab"
+
+
+def test_relative_and_absolute_path_of_the_runs_data_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    settings = replace(SETTINGS, dataset=str(tmp_path / "data"))
+    own, asked = (resolve_question(GenerateConfig(dataset=dataset), settings, "float32")
+                  for dataset in ("auto", "data"))
+    assert results_suffix(asked, own, settings.task) == ""
+
+
+def test_run_on_other_hardware_keeps_the_results_of_its_own(
+    checkpoint: str, reviews: str, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, init_from=checkpoint, dataset=reviews, block_size=64)
+    write_json(tmp_path / "config.json",
+               {"settings": asdict(settings), "device": "Tesla T4", "dtype": "float16"})
+    adapted = build_model(checkpoint, settings, CPU, torch.float32)
+    save_adapter(adapted, tmp_path / "best", checkpoint)
+    run(f"out_dir={tmp_path}")
+    assert [path.name for path in (tmp_path / "best").glob("results*")] == ["results-float32.json"]
+
+
+def test_base_model_that_changed_under_its_adapter_is_refused(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, init_from=checkpoint)
+    write_json(tmp_path / "config.json", {
+        "settings": asdict(settings), "device": "cpu", "dtype": "float32", "base_sha256": "0" * 64})
+    with pytest.raises(ValueError, match="the base model changed since the run began"):
+        run(f"out_dir={tmp_path}", "text=fine")
+
+
+def test_checkpoint_of_a_run_never_comes_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("checkpoints.hub_format.try_to_load_from_cache", pytest.fail)
+    settings = replace(SETTINGS, lora_rank=0)
+    write_json(Path("out/config.json"),
+               {"settings": asdict(settings), "device": "cpu", "dtype": "float32"})
+    with pytest.raises(FileNotFoundError, match="there is no folder out/best"):
+        run("out_dir=out", "text=fine")
+
+
+@pytest.mark.parametrize("text", ["", "  \t"])
+def test_text_without_words_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"command line: text='.*' holds no words to answer"):
+        configure(GenerateConfig, [f"text={text}"])
 
 
 # --- checkpoints and the script --------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from checkpoints.files import slug
 from configurator import Bounds, configure
 from dataloader import ANSWER_ROOM, PROMPTS, CustomDataLoader, SentimentTask
-from generate import slug
 from models.tokenizer import get_tokenizer
 
 many = settings(max_examples=300, deadline=None,

@@ -1,8 +1,6 @@
 """Pretraining lowers the loss, resumes exactly, and saves a checkpoint that transformers loads."""
 
-import json
 import math
-import random
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +18,6 @@ from pretraining.sampled_softmax import evaluate
 from runtime.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORDS = {0: "dull tedious lifeless stale clumsy", 1: "moving witty gorgeous lively clever"}
-
-
-@pytest.fixture(scope="module")
-def imdb(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder in the schema of stanfordnlp/imdb: 400 reviews of five sentences."""
-    folder, rng = tmp_path_factory.mktemp("imdb"), random.Random(0)
-
-    def review(label: int) -> dict:
-        words = WORDS[label if label >= 0 else rng.randrange(2)].split()
-        return {"label": label, "text": " ".join(
-            f"The {rng.choice(('cast', 'plot', 'score'))} of this film is {rng.choice(words)} "
-            f"and {rng.choice(words)}." for _ in range(5))}
-
-    for split, labels in (("train", (0, 1)), ("test", (0, 1)), ("unsupervised", (-1,))):
-        lines = "\n".join(json.dumps(review(label)) for label in labels for _ in range(100))
-        (folder / f"{split}.jsonl").write_text(lines, "utf-8")
-    return str(folder)
 
 
 @pytest.fixture

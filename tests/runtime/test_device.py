@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from made_models import read_lines
 
-from experiments.results import read_predictions
 from runtime import device as device_module
 from runtime import processes
 from runtime.device import resolve_device, resolve_dtype
@@ -35,7 +35,7 @@ def test_two_processes_have_the_losses_of_one(config: TrainConfig, tmp_path: Pat
         for key in {"train_loss", "validation_loss"} & mine.keys():
             assert mine[key] == pytest.approx(alone[key], abs=1e-6)
     for name in ("best", "last"):  # each process scored its share of the reviews
-        mine, alone = (read_predictions(Path(run.out_dir, name, "predictions.jsonl"))
+        mine, alone = (read_lines(Path(run.out_dir, name, "predictions.jsonl"))
                        for run in (shared, config))
         assert [row["text"] for row in mine] == [row["text"] for row in alone]
         assert [row["label"] for row in mine] == [row["label"] for row in alone]

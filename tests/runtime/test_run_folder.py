@@ -1,15 +1,17 @@
 """A run's folder: its settings and metrics, its plot, its lock, and when it is finished."""
 
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from checkpoints.files import write_json
 from runtime import run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,17 @@ class Settings(run_folder.NewFolderConfig):
     lora_rank: int = 4
     seed: int = 1
     log_interval: int = 1
+
+
+@dataclass(frozen=True)
+class Longer(Settings):
+    init_from: str = "gpt2"
+    max_iters: int = 9
+
+
+@dataclass(frozen=True)
+class Pretraining(run_folder.NewFolderConfig):
+    seed: int = 1
 
 
 def test_changed_settings_names_both_values_and_skips_what_only_reports() -> None:
@@ -35,19 +48,147 @@ def test_setting_missing_from_a_saved_run_had_its_default() -> None:
     assert run_folder.changed_settings({}, Settings(seed=2)) == "seed=1, now 2"
 
 
-def test_run_is_finished_with_a_record_or_an_older_runs_last_score(tmp_path: Path) -> None:
-    assert not run_folder.is_finished(tmp_path)
-    run_folder.mark_finished(tmp_path, 9)
-    assert not run_folder.is_finished(tmp_path)  # a record alone is no run
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0}) + "\n")
-    assert run_folder.is_finished(tmp_path)
-    run_folder.reopen(tmp_path, 9, evaluated=True)
-    assert not run_folder.is_finished(tmp_path)
-    line = {"iteration": 9, "validation_loss_last": 1.0, "test_accuracy_best": 0.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert not run_folder.is_finished(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"test_accuracy_last": 0.5}) + "\n")
-    assert run_folder.is_finished(tmp_path)
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a finished run of nine steps, with a file that somebody put there."""
+    folder = tmp_path / "run"
+    settings = asdict(Settings(out_dir=str(folder))) | {"init_from": "gpt2", "max_iters": 9}
+    write_json(folder / "config.json", {"settings": settings, "device": "cpu", "dtype": "float32"})
+    for name in ("best", "last"):
+        write_json(folder / name / "results.json", {"accuracy": 0.5})
+        (folder / name / "adapter_model.safetensors").write_text("weights")
+    (folder / "best" / "notes.txt").write_text("mine")
+    (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 9, "loss": 1.0}) + "\n")
+    (folder / "trainer_state.pt").write_text("state")
+    run_folder.mark_finished(folder, 9)
+    return folder
+
+
+def test_run_is_finished_with_a_record_or_an_older_runs_last_score(finished: Path) -> None:
+    assert run_folder.is_finished(finished)
+    (finished / "finished.json").unlink()
+    assert not run_folder.is_finished(finished)
+    lines = [({"iteration": 9, "validation_loss_last": 1.0, "test_accuracy_best": 0.5}, False),
+             ({"iteration": 9, "test_accuracy_last": 0.5}, True),
+             ({"iteration": 8, "test_accuracy_last": 0.5}, False)]
+    for line, expected in lines:
+        (finished / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert run_folder.is_finished(finished) == expected
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "metrics.jsonl", "finished.json", "best/results.json", "last/results.json"])
+def test_run_without_one_of_its_files_is_not_finished(finished: Path, name: str) -> None:
+    (finished / name).unlink()
+    assert not run_folder.is_finished(finished)
+
+
+@pytest.mark.parametrize("steps", [10, "9", None])
+def test_record_of_fewer_steps_than_the_settings_is_not_that_of_a_finished_run(
+    finished: Path, steps: object
+) -> None:
+    run_folder.mark_finished(finished, 8)
+    run = json.loads((finished / "config.json").read_text())
+    run["settings"]["max_iters"] = steps
+    write_json(finished / "config.json", run)
+    assert run_folder.is_finished(finished) == (not isinstance(steps, int))
+
+
+def test_continued_run_is_one_of_the_new_settings(finished: Path) -> None:
+    saved = run_folder.read_run(str(finished))
+    config = Longer(out_dir=str(finished), max_iters=20)
+    run_folder.continue_folder(
+        config, saved, 9, True, device="cuda", dtype="float32", threads="4")
+    now = run_folder.read_run(str(finished))
+    assert now.settings == asdict(config)
+    assert (now.device, now.dtype, now.facts["threads"]) == ("cuda", "float32", "4")
+    assert not run_folder.is_finished(finished)
+
+
+def test_a_killed_continuation_leaves_an_unfinished_run(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "reopen", kill)
+    config, saved = Longer(out_dir=str(finished), max_iters=20), run_folder.read_run(str(finished))
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.continue_folder(config, saved, 9, True, device="cpu", dtype="float32")
+    assert not run_folder.is_finished(finished)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["config.json", "base/thesis.txt", "best/x", "notes.txt", "a/b/c"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_of_other_files_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('{"settings": {}}')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"holds files that no run wrote \({name.split('/')[0]}"):
+        run_folder.refuse_loss(Settings(out_dir=str(tmp_path), overwrite=overwrite))
+    assert contents(tmp_path) == before
+
+
+def test_folder_of_runs_may_hold_a_run_itself(tmp_path: Path, finished: Path) -> None:
+    for name in ("zero_shot-gpt2/results.json", "log.txt", ".gitkeep", "report/report.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    finished.rename(tmp_path / "run")
+    run_folder.refuse_loss(Settings(out_dir=str(tmp_path)))
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "run").rename(tmp_path / "experiments" / "run")
+    run_folder.refuse_loss(Settings(out_dir=str(tmp_path)))
+
+
+def test_run_of_another_script_is_refused(finished: Path) -> None:
+    with pytest.raises(ValueError, match="holds a run of another script"):
+        run_folder.refuse_loss(Pretraining(out_dir=str(finished), overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["", "best", "best/deeper"])
+def test_base_model_in_the_runs_folder_is_refused(finished: Path, name: str) -> None:
+    (finished / name).mkdir(exist_ok=True)
+    config = Longer(out_dir=str(finished), overwrite=True, init_from=str(finished / name))
+    with pytest.raises(ValueError, match=r"init_from='.*' is in out_dir='.*', where the run would"):
+        run_folder.refuse_loss(config)
+
+
+def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out_dir='.*file' is a file"):
+        run_folder.refuse_loss(Settings(out_dir=str(tmp_path / "file")))
+
+
+def test_changed_inputs_of_a_run_are_refused() -> None:
+    saved = run_folder.SavedRun({}, "cpu", "float32", facts={"data_sha256": "a" * 64})
+    saved.refuse_changed_inputs(base_sha256="b" * 64, data_sha256="a" * 64)
+    with pytest.raises(ValueError, match=r"the data set changed since .*: its SHA-256 was aaaa"):
+        saved.refuse_changed_inputs(data_sha256="b" * 64)
+
+
+def test_relative_path_of_an_older_run_is_the_absolute_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Longer(init_from=str(tmp_path / "base"))
+    assert run_folder.changed_settings({"init_from": "base"}, config) == ""
+    assert run_folder.changed_settings({"init_from": "other"}, config)
+
+
+def test_run_without_a_state_starts_again_unless_it_has_checkpoints(finished: Path) -> None:
+    config = Settings(out_dir=str(finished))
+    assert run_folder.has_state(config)
+    (finished / "trainer_state.pt").unlink()
+    with pytest.raises(ValueError, match=r"cannot be resumed: trainer_state.pt is gone; generate"):
+        run_folder.has_state(config)
+    for name in ("best", "last"):
+        shutil.rmtree(finished / name)
+    assert not run_folder.has_state(config)
 
 
 def test_metrics_that_are_no_json_are_named_with_their_line(tmp_path: Path) -> None:
@@ -97,14 +238,15 @@ def test_metrics_after_a_saved_state_are_forgotten(tmp_path: Path) -> None:
         assert run_folder.read_metrics(tmp_path) == lines[:kept]
 
 
-def test_start_folder_removes_only_what_a_run_makes(tmp_path: Path) -> None:
-    for name in ("best/x", "last/x", "metrics.jsonl", "trainer_state.pt", "finished.json",
-                 "loss.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("old")
-    run_folder.start_folder(Settings(out_dir=str(tmp_path)), device="cpu")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
-    described = json.loads((tmp_path / "config.json").read_text())
+def test_start_folder_removes_only_what_a_run_writes(finished: Path) -> None:
+    (finished / "base").mkdir()
+    for name in ("notes.txt", "loss.png", "last/results-train.json", "last/results_mine.json"):
+        (finished / name).write_text("old")
+    run_folder.start_folder(Settings(out_dir=str(finished)), device="cpu")
+    assert contents(finished).keys() == {
+        "config.json", "notes.txt", "best/notes.txt", "last/results_mine.json"}
+    assert not (finished / "base").exists()
+    described = json.loads((finished / "config.json").read_text())
     assert described["device"] == "cpu"
     assert described.keys() == {"settings", "device", "commit"}
 
@@ -161,7 +303,9 @@ def test_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
 def test_leftover_temporary_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     leftovers = [tmp_path / ".trainer_state.12.pt", tmp_path / "best" / ".model.345.safetensors"]
-    others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / "best" / "model.safetensors"]
+    others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / ".notes.2024.json",
+              tmp_path / "best" / "model.safetensors", tmp_path / "run" / ".model.7.safetensors"]
+    (tmp_path / "run").mkdir()  # another run's, which may be alive
     for path in leftovers + others:
         path.touch()
     run_folder.lock_folder(tmp_path).release()

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from generate import export_model
 from lora import lora_layers
 from model import GPT
+from models.export import export_model
 from models.tokenizer import get_tokenizer
 
 
