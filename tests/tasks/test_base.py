@@ -5,7 +5,7 @@ import json
 import statistics
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_new_task_of_long_answers_trains_and_gets_a_plan_and_a_report(
                                  report_dir=str(tmp_path / "report"))
     check(settings)
     trained = next(variant for variant in plan(settings)["answers"] if variant.trains)
-    job = Job("echo", "train.py", {}, Path(config.out_dir))
+    job = Job("echo", "train.py", asdict(config), Path(config.out_dir))
     row = Row(trained.label, trained.changes, [job], {})
     text = write_report({"shares": [], "answers": [row]}, settings, "", ["answers"]).read_text()
     assert "# LoRA on GPT-2: echo" in text
@@ -240,7 +240,7 @@ def test_training_logs_perplexity_and_scores_the_base_model(
     results = train(config)
     printed = capsys.readouterr().out
     assert "(0.09%) on 32 examples" in printed
-    assert "1 of their answers are cut to fit into 128 tokens" in printed
+    assert "1 of 32 answers in train are cut to fit into 128 tokens" in printed
     assert list(results) == ["base", "best", "last"]
     assert results["last"]["perplexity"] < results["base"]["perplexity"]
     metrics = read_metrics(Path(config.out_dir))
