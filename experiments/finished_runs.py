@@ -182,9 +182,10 @@ def changed_sources(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> st
 
     `facts` of an older run name no digest: nothing is known to have changed.
     """
-    base = str(settings.get("init_from", ""))
+    base = str(settings.get("init_from", TrainConfig.init_from))
     local = base == "gpt2-mini" or Path(base).is_dir()  # the hub is not asked
-    pairs = {"data": (facts.get("data_sha256"), data_digest, settings.get("dataset", "")),
+    pairs = {"data": (facts.get("data_sha256"), data_digest,
+                      str(settings.get("dataset", TrainConfig.dataset))),
              "base model": (facts.get("base_sha256") if local else "", weights_digest, base)}
     changed = [name for name, (then, digest, source) in pairs.items()
                if then and then != (digest_now(digest, source) or then)]

@@ -160,6 +160,7 @@ class Job(NamedTuple):
     def start(self, environment: Mapping[str, str]) -> subprocess.Popen:
         """Start or resume it in a new session, so that Ctrl-C reaches only the parent.
 
+        `environment` is for one process; those of torchrun share all of the machine.
         Raises ValueError if its folder holds another run, OSError if nothing can be written there.
         """
         kind, reason = self.standing
@@ -169,12 +170,13 @@ class Job(NamedTuple):
         resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
         arguments, job = (resume if kind == "interrupted" else self.arguments), self.launched
         module = [] if job.processes == 1 else ["-m", "torch.distributed.run", *job.torchrun]
-        passive = {"OMP_WAIT_POLICY": "passive"} if job.processes > 1 else {}
+        if job.processes > 1:
+            environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
         with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             print(ATTEMPT, shlex.join(arguments), file=log, flush=True)
             return subprocess.Popen(
                 [sys.executable, *module, str(ROOT / arguments[0]), *arguments[1:]], stdout=log,
-                stderr=log, stdin=subprocess.DEVNULL, env={**passive, **os.environ, **environment},
+                stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
                 start_new_session=True,
             )
 

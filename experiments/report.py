@@ -1,6 +1,7 @@
 """The report of the experiments: tables and curves computed from the runs' folders."""
 
 import base64
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -79,12 +80,13 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if writing a report to `folder` would overwrite somebody else's file.
+    """Raise ValueError if `folder` cannot hold a report, or holds somebody else's.
 
     Every report of this program has the same title; its pictures lie beside `report.md`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"report_dir={str(folder)!r} is a file; choose another folder")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"report_dir={str(folder)!r}: {there} is no folder that can be written to")
     ours = {name for name, title in (("report.md", TITLE), ("report.html", f"<title>{TITLE[2:]}"))
             if (folder / name).is_file() and title.encode() in (folder / name).read_bytes()[:2000]}
     pictures = {f"{name}.png" for name in SECTIONS if "report.md" not in ours}

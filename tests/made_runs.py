@@ -41,6 +41,16 @@ def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Jo
     return Job(folder.name, "train.py", settings, folder)
 
 
+def zero_shot(folder: Path, texts: list[str]) -> Job:
+    """Write the scores of a base model whose answers repeat the texts."""
+    scored = folder / "zero" / "zero_shot-x"
+    write_json(scored / "results.json", {
+        "accuracy": 0.0, "constrained_accuracy": 0.5, "garbage": len(texts), "n": len(texts)})
+    rows = [{"text": text, "generated": text, "truth": 1, "label": -1} for text in texts]
+    (scored / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return Job("zero", "generate.py", {}, folder / "zero", "zero_shot-*/results*.json")
+
+
 def missing(folder: Path) -> Job:
     return Job(folder.name, "train.py", {}, folder)
 

@@ -6,11 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_runs import make_run, missing, row
+from made_runs import make_run, missing, row, zero_shot
 
 from checkpoints.files import read_json, write_json
 from experiments.escaping import code, fenced, in_words, one_line, plain, visible
-from experiments.jobs import Job
 from experiments.plan import ExperimentsConfig
 from experiments.report import write_report
 from experiments.results import Row
@@ -86,15 +85,6 @@ def written(
                if tag == "img")
     assert visible(command).expandtabs(4) in "".join(page.texts)
     return page
-
-
-def zero_shot(folder: Path, texts: list[str]) -> Job:
-    scored = folder / "zero" / "zero_shot-x"
-    write_json(scored / "results.json", {
-        "accuracy": 0.0, "constrained_accuracy": 0.5, "garbage": len(texts), "n": len(texts)})
-    rows = [{"text": text, "generated": text, "truth": 1, "label": -1} for text in texts]
-    (scored / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return Job("zero", "generate.py", {}, folder / "zero", "zero_shot-*/results*.json")
 
 
 @pytest.mark.parametrize("nasty", [*NASTY, "\n".join(NASTY)], ids=repr)

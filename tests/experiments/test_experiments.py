@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from configurator import configure
 from experiments.__main__ import check, jobs_by_question, main, plan_jobs, select
 from experiments.plan import ExperimentsConfig, plan
+from experiments.report import check_folder
 from generate import GenerateConfig
 from runtime.run_folder import read_metrics
 from train import TrainConfig
@@ -71,7 +73,7 @@ def test_only_takes_questions_and_runs_once_each() -> None:
     {"lora_targets": "mlp.c_fc"}, {"overwrite": True}, {"init_from": "resume"}, {"prompt": "x"},
     {"max_iters": 0}, {"learning_rate": 0.0}, {"full_learning_rate": 0.0},
     {"device": "cuda:1", "jobs": 2}, {"processes": 2, "jobs": 2},
-    {"gradient_accumulation_steps": 3, "processes": 2},
+    {"gradient_accumulation_steps": 3, "processes": 2}, {"out_dir": ""}, {"report_dir": ""},
 ])
 def test_settings_that_would_do_nothing_are_refused(setting: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -201,12 +203,14 @@ def test_failed_run_stands_in_the_report_and_stops_no_other(
 ) -> None:
     folder = next((undisturbed / "runs").glob("full-*")).name
     (tmp_path / "runs" / folder).mkdir(parents=True)
+    shutil.copy(undisturbed / "runs" / folder / "config.json", tmp_path / "runs" / folder)
     (tmp_path / "runs" / folder / "trainer_state.pt").write_bytes(b"damaged")
     code, _, said = finish(start(settings, tmp_path, "only=alpha"))
     assert code == 2
-    assert said.splitlines()[-1].startswith("error: 1 of 3 runs failed, as full-seed1337: out_dir=")
+    assert said.splitlines()[-1].startswith("error: 1 of 3 runs failed, as full-seed1337: ")
+    assert f"to start afresh, delete {tmp_path}/runs/{folder}" in said
     text = (tmp_path / "report" / "report.md").read_text()
-    assert re.search(r"\| full fine-tuning \| 0 of 1: failed: out\\_dir=", text)
+    assert re.search(r"\| full fine-tuning \| 0 of 1: failed: .*trainer\\_state", text)
     assert re.search(r"\| LoRA r=16, α=256 \| 1 \| \d", text)
 
 
@@ -225,7 +229,7 @@ def test_runs_of_two_processes_are_torchruns(
         time.sleep(0.05)
     done.send_signal(signal.SIGINT)
     assert finish(done)[0] == 130
-    done = start(settings, tmp_path, f"only={name}", *alone_settings, "processes=2")
+    done = start(settings, tmp_path, f"only={name}", *alone_settings)  # it keeps its processes
     assert finish(done)[0] == 0
     alone = start(settings, tmp_path / "alone", f"only={name}", *alone_settings)
     assert finish(alone)[0] == 0
@@ -248,3 +252,70 @@ def test_dry_run_lists_the_runs_and_makes_none(
         assert re.search(rf"^ *{job.name} +\d+\.\d +to do ", printed, re.MULTILINE)
     assert re.search(r"^13 runs, about \d+ minutes to go$", printed, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_run_keeps_no_report_from_being_written_and_is_run_again(
+    settings: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    (run,) = (tmp_path / "runs").glob("r16_alpha256-*")
+    shutil.rmtree(run / "best")
+    (scored,) = (tmp_path / "runs").glob("zero_shot_default-*/zero_shot-*/results*.json")
+    scored.write_text("{")
+    for only in ("only=shares", "only=alpha dry_run=True"):
+        code, printed, said = finish(start(settings, tmp_path, *only.split()))
+        assert code == 0, said
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "What does \u03b1 do" not in text  # a question that was not asked is not finished
+    assert re.search(r"to do again: .*best/results\.json is missing ", printed)
+    code, _, said = finish(start(settings, tmp_path, "only=alpha,zero_shot"))
+    assert code == 0, said
+    mine, theirs = (re.findall(r"^\| LoRA r=16.*", scores(out), re.MULTILINE)
+                    for out in (tmp_path, undisturbed))
+    assert mine == theirs
+
+
+def test_data_edited_in_place_is_another_run(
+    settings: list[str], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The digest is one that a run records whose data folder held something else."""
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    (run,) = (tmp_path / "runs").glob("full-*")
+    about = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(about | {"data_sha256": "0" * 64}))
+    main(configure(ExperimentsConfig, [
+        *settings, f"out_dir={tmp_path}/runs", "only=alpha", "dry_run=True"]))
+    assert re.search(r"full-seed1337 +\S+ +to do again: its data changed", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("report.md", "# My thesis"), ("report.html", "<html>mine"), ("alpha.png", "mine")])
+def test_file_of_others_is_not_overwritten_and_no_run_is_started(
+    name: str, text: str, checkpoint: str, reviews: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"holds a {name} that this program did not write"):
+        main(replace(CONFIG, init_from=checkpoint, dataset=reviews, device="cpu", dtype="float32",
+                     out_dir=str(tmp_path / "out"), report_dir=str(tmp_path), only="shares"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == text
+
+
+def test_report_replaces_its_own_and_those_of_earlier_versions(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs" / "report-mini", tmp_path / "report")
+    (tmp_path / "report" / "report.html").write_text(
+        '<!DOCTYPE html>\n<html lang="en"><head><title>LoRA on GPT-2</title>')
+    check_folder(tmp_path / "report")
+    check_folder(tmp_path / "new")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "report"):
+        with pytest.raises(ValueError, match="file is no folder that can be written to"):
+            check_folder(folder)
+
+
+def test_folder_that_cannot_be_written_to_is_named_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"{tmp_path} is no folder that can be written to"):
+        check_folder(tmp_path / "report")

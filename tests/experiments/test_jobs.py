@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from made_runs import make_run
+from made_runs import make_run, missing, zero_shot
 
+from checkpoints.files import read_json, write_json
 from checkpoints.trainer_state import STATE_FILE
+from experiments import finished_runs, jobs
 from experiments.jobs import Job, run_jobs, share_of_machine
 from runtime.run_folder import FINISHED_FILE
+from tasks.sources import data_digest
 
 # A stand-in for train.py: it notes its arguments and when it ran, and does as it is told.
 SCRIPT = """
@@ -193,3 +197,210 @@ def test_threads_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert share_of_machine(1, 2) == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active",
                                       "CUDA_VISIBLE_DEVICES": "7"}
+
+
+def damage(path: Path, content: str | None) -> None:
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+
+
+DAMAGES = [
+    ("best/results.json", None, "best/results.json is missing"),
+    ("last/predictions.jsonl", None, "last/predictions.jsonl is missing"),
+    ("config.json", "{", "config.json is not JSON"),
+    ("config.json", "[" * 100_000, ""),
+    ("config.json", '{"settings": {}}', "is not a fine-tuning run's"),
+    ("best/results.json", "\0", "results.json is not JSON"),
+    ("best/results.json", '{"n": 2, "accuracy": 0.5, "constrained_accuracy": 0.5}', "garbage must"),
+    ("best/results.json", '{"n": 2, "accuracy": NaN, "constrained_accuracy": 0.5, "garbage": 0}',
+     "accuracy must be a finite number, not nan"),
+    ("best/results.json", '{"n": 2, "accuracy": 2.0, "constrained_accuracy": 0.5, "garbage": 0}',
+     "an accuracy must be between 0 and 1"),
+    ("best/predictions.jsonl", '{"text": "t"}', "predictions.jsonl:1: it lacks generated"),
+    ("best/predictions.jsonl", '{"text": "t", "generated": "", "truth": 1, "label": 1}',
+     "predictions.jsonl holds 1 predictions, not 2"),
+    ("metrics.jsonl", '{"iteration": 3, "validation_loss": NaN}', "validation_loss must be a"),
+    ("metrics.jsonl", '{"validation_loss": 1.0}', "iteration must be a finite number, not None"),
+    ("metrics.jsonl", '{"iteration": 0, "reviews_per_second": 0}', "must be positive"),
+    ("metrics.jsonl", '{"iteration": 0, "train_loss": 1.0}', "no validation loss after step 0"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), DAMAGES)
+def test_run_that_cannot_be_read_is_to_do_again_from_scratch(
+    file: str, content: str | None, reason: str, tmp_path: Path
+) -> None:
+    each = make_run(tmp_path / "run", "10")
+    assert each.finished
+    (each.folder / STATE_FILE).touch()
+    damage(each.folder / file, content)
+    assert each.state.startswith("to do again: ")
+    assert reason in each.state
+    assert len(each.state.splitlines()) == 1
+    each.tidy()  # keeps what a person may want to look at
+    assert (each.folder / STATE_FILE).exists()
+    assert started(each)[:1] != ["init_from=resume"]
+
+
+def started(job: Job) -> list[str]:
+    """Return the arguments that a job's process gets, noted by a stand-in for its script."""
+    script = job.folder.parent / "note.py"
+    script.write_text(SCRIPT)
+    job._replace(script=str(script)).start({}).wait()
+    return json.loads((job.folder / "started").read_text())[0]
+
+
+def test_damaged_scores_of_the_base_model_are_to_do_again(tmp_path: Path) -> None:
+    zero = zero_shot(tmp_path, ["a", "b"])
+    assert zero.finished
+    for file, content in (("predictions.jsonl", "{"), ("results.json", '{"n": 2}')):
+        (tmp_path / "zero" / "zero_shot-x" / file).write_text(content)
+        assert zero.state.startswith(f"to do again: {tmp_path}/zero/zero_shot-x/{file}")
+    assert zero._replace(settings={"task": "python_codes"}).state.startswith("to do again: ")
+
+
+def test_interrupted_run_resumes_with_the_processes_it_was_started_with(tmp_path: Path) -> None:
+    each = stop(tmp_path / "run")._replace(processes=1)
+    about = read_json(each.folder / "config.json")
+    write_json(each.folder / "config.json", about | {"processes": 2})
+    assert each.launched.processes == 2
+    assert each.command.startswith("torchrun --standalone --nproc_per_node=2 train.py ")
+    assert started(each._replace(processes=3)) == ["init_from=resume", f"out_dir={each.folder}"]
+    write_json(each.folder / "config.json", about | {"processes": "two"})
+    assert each.state.startswith("to do again: ")
+    assert each.launched.processes == 1  # a new run has those of the setting
+    assert missing(tmp_path / "new")._replace(processes=2).launched.processes == 2
+
+
+def test_resumed_run_is_started_by_torchrun_with_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, heard = stop(tmp_path / "run"), []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    about = read_json(each.folder / "config.json")
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda command, env, **_: heard.append(
+        [*command, env.get("CUDA_VISIBLE_DEVICES")]))
+    for recorded, setting in ((2, 1), (1, 2)):
+        write_json(each.folder / "config.json", about | {"processes": recorded})
+        each._replace(processes=setting).start({"CUDA_VISIBLE_DEVICES": "1"})
+    assert [command.pop() for command in heard] == [None, "1"]  # two processes need two GPUs
+    assert "--nproc_per_node=2" in heard[0]
+    assert not [word for word in heard[1] if "torch.distributed" in word]
+    assert all("init_from=resume" in command for command in heard)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("source", ["data", "base model"])
+def test_run_whose_data_or_base_model_changed_is_to_do_again_from_scratch(
+    source: str, interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    make = stop if interrupted else make_run
+    arguments = () if interrupted else ("10",)
+    each = make(tmp_path / "run", *arguments, dataset=str(tmp_path / "data"),
+                init_from=str(tmp_path / "base"))
+    fact, function = {"data": ("data_sha256", "data_digest"),
+                      "base model": ("base_sha256", "weights_digest")}[source]
+    about = read_json(each.folder / "config.json")
+    for then, now, same in (("1", "1", True), ("1", "2", False), ("", "2", True), (None, "2", True),
+                            ("1", "", True), ("1", OSError("unreachable"), True)):
+        monkeypatch.setattr(finished_runs, function, digest_that_is(now))
+        write_json(each.folder / "config.json", about | ({} if then is None else {fact: then}))
+        expected = "interrupted" if interrupted else "finished"
+        assert each.state == (expected if same else f"to do again: its {source} changed")
+        if not same:
+            (each.folder / STATE_FILE).touch()
+            assert started(each)[:1] != ["init_from=resume"]
+
+
+def digest_that_is(now: str | Exception) -> Callable[[str], str]:
+    def digest(source: str) -> str:
+        if isinstance(now, Exception):
+            raise now
+        return now
+    return digest
+
+
+def test_hub_is_not_asked_for_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = make_run(tmp_path / "run", "10")  # of gpt2-medium
+    about = read_json(each.folder / "config.json")
+    write_json(each.folder / "config.json", about | {"base_sha256": "1"})
+    monkeypatch.setattr(finished_runs, "weights_digest", lambda name: pytest.fail(name))
+    assert each.finished
+
+
+def test_scores_of_the_base_model_on_other_data_are_to_do_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    zero = zero_shot(tmp_path, ["a"])._replace(settings={"dataset": str(tmp_path / "data")})
+    results = tmp_path / "zero" / "zero_shot-x" / "results.json"
+    for name in ("train", "test"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("{}")
+    before = read_json(results)
+    write_json(results, before | {"data_sha256": data_digest(str(tmp_path / "data"))})
+    assert zero.finished
+    write_json(results, before | {"data_sha256": "of other data"})
+    assert zero.state == "to do again: its data changed"
+
+
+@pytest.mark.parametrize("make", [stop, lambda folder: make_run(folder, "10")])
+def test_run_that_was_extended_by_hand_is_neither_reported_nor_replaced(
+    make: Callable[[Path], Job], tmp_path: Path
+) -> None:
+    each = make(tmp_path / "run")
+    with open(each.folder / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 90, "train_loss": 1.0}\n')
+    assert each.state == "holds another run: 90 steps, now 80"
+    about = read_json(each.folder / "config.json")
+    about["settings"] |= {"max_iters": 100, "lr_decay_iters": 80}
+    write_json(each.folder / "config.json", about)
+    assert each.state == "holds another run: max_iters=100, now 80"
+    before = sorted(tmp_path.rglob("*"))
+    (each_again, error), = run_jobs([each], 1)
+    assert each_again is each
+    assert error == (f"{each.folder} holds another run: max_iters=100, now 80; "
+                     "move it away or delete it")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def spoil_log(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "log.txt").mkdir()
+
+
+def spoil_folder(folder: Path) -> None:
+    folder.write_text("mine")
+
+
+@pytest.mark.parametrize("spoil", [spoil_log, spoil_folder])
+def test_job_whose_folder_cannot_be_used_fails_in_a_line_and_stops_no_other(
+    spoil: Callable[[Path], None], script: str
+) -> None:
+    bad = [job(script, f"bad{i}") for i in range(3)]
+    for each in bad:
+        spoil(each.folder)
+        assert each.state == "to do"
+    found = outcomes([*bad[:2], job(script, "good"), bad[2]], 2)
+    assert found.pop("good") == ""
+    assert len(found) == 3
+    for each in bad:
+        assert found[each.name].startswith(str(each.folder))
+        assert "Errno" not in found[each.name]
+
+
+def test_log_of_any_bytes_is_read(script: str) -> None:
+    each = job(script, "odd")
+    each.folder.mkdir()
+    each.log.write_bytes(b"\xff\0$ python\nerror: a\x1b[31m \xff\0 b\r\n")
+    assert each.state == "failed: a\\x1b[31m \ufffd\\x00 b"
+
+
+def test_signal_without_a_name_is_a_number(script: str) -> None:
+    assert job(script, "x").failure(-40) == "killed by signal 40"
+
+
+def test_run_that_cannot_resume_says_how_to_start_afresh(script: str, tmp_path: Path) -> None:
+    each = stop(tmp_path / "stopped", script)
+    (each.folder / "reason").write_text("damaged state")
+    assert outcomes([each]) == {
+        "stopped": f"damaged state (to start afresh, delete {each.folder})"}

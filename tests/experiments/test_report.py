@@ -1,6 +1,8 @@
 """The report shows the scores in the runs' folders, and the errors of the runs that failed."""
 
 import json
+import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -187,3 +189,47 @@ def test_rows_show_interrupted_runs_and_the_last_error_of_a_log(tmp_path: Path) 
     _, *lines = cells(accuracy_table(rows, rows[0]))
     states = [line[1] for line in lines]
     assert states == ["0 of 1: interrupted", "0 of 1: failed: out of luck"]
+
+
+def test_damaged_run_is_trouble_of_its_row_alone(
+    questions: dict[str, list[Row]], config: ExperimentsConfig, tmp_path: Path
+) -> None:
+    lora = questions["curves"][0]
+    shutil.rmtree(lora.jobs[0].folder / "best")
+    (lora.jobs[1].folder / "last" / "results.json").write_text('{"n": 5}')
+    (tmp_path / "zero" / "zero_shot-gpt2-mini" / "results-x.json").write_text("{")
+    path = write_report(questions, config, "python -m experiments", QUESTIONS)
+    _, damaged, full = cells(path.read_text().split("## LoRA of three ranks")[1].splitlines())[:3]
+    assert re.fullmatch(r"0 of 2: to do again: .*/lora0/best/results.json is missing",
+                        damaged[1].replace("\\", ""))
+    assert full[1:4] == ["2", "0.250 ± 0.000", "0.600 ± 0.000"]
+    assert "results-x.json is not JSON" in path.read_text()
+    found = sections(questions, config, asked=["shares"])
+    assert tuple(found) == ("shares",)  # no other question has all its runs
+
+
+def test_run_scored_on_other_examples_is_not_compared(tmp_path: Path) -> None:
+    mine, theirs = (load_run(make_run(tmp_path / name, right).folder)
+                    for name, right in (("a", "11"), ("b", "110")))
+    assert difference([mine], [theirs]) == "other test examples"
+    one, other = (load_run(make_run(tmp_path / name, right).folder)
+                  for name, right in (("c", "1"), ("d", "0")))
+    assert difference([one], [other]) == "+1.000"  # one example has no interval
+
+
+def test_run_is_read_again_when_its_files_are_replaced(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "11").folder
+    assert load_run(folder) is load_run(folder)
+    assert load_run(folder).results["best"]["accuracy"] == 1.0
+    make_run(folder, "10")
+    assert load_run(folder).results["best"]["accuracy"] == 0.5
+
+
+def test_cost_of_a_run_without_logged_speed_or_weights_is_open(
+    questions: dict[str, list[Row]], config: ExperimentsConfig
+) -> None:
+    for job in questions["curves"][0].jobs:
+        (job.folder / "metrics.jsonl").write_text('{"iteration": 80, "validation_loss": 1.0}\n')
+        (job.folder / "best" / "adapter_model.safetensors").unlink()
+    line = cells(sections(questions, config, ["curves"])["cost"].lines)[1]
+    assert (line[4], line[6]) == ("–", "–")
