@@ -134,8 +134,9 @@ def test_index_without_shards_is_refused(sharded: Path, index: dict[str, Any]) -
         GPT.from_pretrained(sharded)
 
 
-def test_pickle_is_not_loaded_but_its_conversion_named(base: Path) -> None:
-    torch.save(read_tensors(base / WEIGHTS), base / PICKLE)
+@pytest.mark.parametrize("file", [PICKLE, f"{PICKLE}.index.json"])
+def test_pickle_is_not_loaded_but_its_conversion_named(base: Path, file: str) -> None:
+    torch.save(read_tensors(base / WEIGHTS), base / file)
     (base / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError) as missing:
         GPT.from_pretrained(base)
