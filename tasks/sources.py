@@ -124,12 +124,11 @@ def _read_file(path: Path) -> list[Record]:
 
 
 def _read_parquet(path: Path) -> list[Record]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import read_table  # comes with `datasets`; slow to import
 
     try:
         return read_table(path).to_pylist()
-    except ArrowException as error:  # not all of its kinds are ValueErrors
+    except Exception as error:  # not all that Arrow raises are ValueErrors
         raise ValueError(error) from None
 
 
@@ -165,16 +164,16 @@ def _parse(text: str) -> Any:
 
 
 def _read_csv(path: Path) -> list[Record]:
-    rows = _csv_rows(path)
-    _, columns = next(rows, (1, []))
+    rows = ((line, row) for line, row in _csv_rows(path) if row)
+    line, columns = next(rows, (1, []))
     if len(set(columns) - {""}) < len(columns):
-        raise ValueError(f"line 1 must give every column a name of its own, but is {columns}")
+        raise ValueError(f"line {line} must give every column a name of its own, but is {columns}")
     records = []
     for line, row in rows:
-        if row and len(row) != len(columns):
+        if len(row) != len(columns):
             raise ValueError(f"line {line} needs {len(columns)} fields, but has {len(row)} (quote "
                              "a text that contains commas)")
-        records += [dict(zip(columns, row, strict=True))] if row else []
+        records.append(dict(zip(columns, row, strict=True)))
     return records
 
 

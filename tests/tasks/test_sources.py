@@ -51,7 +51,7 @@ def test_other_fields_and_other_orders_of_fields_are_fine(tmp_path: Path, form: 
     ("name", "content"),
     [
         ("train.csv", "\ufefftext,label\r\na film,1\r\nנהדר,0\r\n"),  # as spreadsheets save it
-        ("train.csv", 'label,text\n"1","a film"\n\n0,נהדר'),
+        ("train.csv", '\nlabel,text\n"1","a film"\n\n0,נהדר'),
         ("train.jsonl", '\n{"text": "a film", "label": "1"}\r\n \n{"text": "נהדר", "label": 0}'),
         ("train.jsonl", '{"text": "a film", "label": 1}\n{"text": "\\u05e0\\u05d4דר", "label": 0}'),
     ],
@@ -127,11 +127,13 @@ def test_damaged_parquet_is_refused_and_named(tmp_path: Path, damage: Any) -> No
         read(tmp_path)
 
 
-def test_kind_of_arrow_error_that_is_no_value_error_is_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [
+    pyarrow.ArrowNotImplementedError("no such codec"), OverflowError("no such codec")])
+def test_error_of_arrow_that_is_no_value_error_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(path: Path) -> None:
-        raise pyarrow.ArrowNotImplementedError("no such codec")
+        raise error
 
     write_split(tmp_path / "train.parquet", ROWS)
     monkeypatch.setattr(parquet, "read_table", fail)
