@@ -169,6 +169,9 @@ class ClassificationTask(Task):
         super().__init__(prompt)
         if taken := scores.RESERVED.intersection(self.labels):
             raise ValueError(f"{taken.pop()!r} cannot be a label: a score has this name")
+        for label, word in enumerate(self.labels):
+            if self.parse(word) != label:
+                raise ValueError(f"{word!r} cannot be a label: no answer would be read as this one")
 
     @property
     def choices(self) -> Sequence[str]:

@@ -88,6 +88,15 @@ def test_label_with_the_name_of_a_score_is_refused(monkeypatch: pytest.MonkeyPat
         TopicTask()
 
 
+@pytest.mark.parametrize("labels", [("music", "new music"), ("a", "b", "A")])
+def test_label_that_holds_another_is_refused(
+    labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TopicTask, "labels", labels)
+    with pytest.raises(ValueError, match="cannot be a label: no answer would be read as this one"):
+        TopicTask()
+
+
 # --- a task of long answers ------------------------------------------------------------------
 
 
