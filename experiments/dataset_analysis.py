@@ -57,6 +57,8 @@ def spread(values: Sequence[int]) -> str:
 
 
 def main(config: AnalysisConfig) -> None:
+    if not config.out_dir:
+        raise ValueError("out_dir must name a folder")
     task, dataset = make_task(config.task, config.prompt), resolve_dataset(config).dataset
     loader = CustomDataLoader(dataset, task, config.block_size)
     lengths = {split: measure(loader, split) for split in SPLITS}

@@ -40,3 +40,8 @@ def test_analysis_of_reviews_counts_labels(
 ) -> None:
     dataset_analysis.main(AnalysisConfig(dataset=reviews, out_dir=str(tmp_path)))
     assert "train: negative 24; positive 24" in capsys.readouterr().out
+
+
+def test_analysis_needs_a_folder_for_its_figure(reviews: str) -> None:
+    with pytest.raises(ValueError, match="out_dir must name a folder"):
+        dataset_analysis.main(AnalysisConfig(dataset=reviews, out_dir=""))
