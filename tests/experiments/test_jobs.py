@@ -18,6 +18,7 @@ from experiments import finished_runs, jobs
 from experiments.jobs import Job, run_jobs, share_of_machine
 from runtime.run_folder import FINISHED_FILE
 from tasks.sources import data_digest
+from train import TrainConfig
 
 # A stand-in for train.py: it notes its arguments and when it ran, and does as it is told.
 SCRIPT = """
@@ -334,7 +335,7 @@ def test_scores_of_the_base_model_on_other_data_are_to_do_again(tmp_path: Path) 
     (tmp_path / "data").mkdir()
     zero = zero_shot(tmp_path, ["a"])._replace(settings={"dataset": str(tmp_path / "data")})
     results = tmp_path / "zero" / "zero_shot-x" / "results.json"
-    for name in ("train", "test"):
+    for name in ("train", "validation", "test"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("{}")
     before = read_json(results)
     write_json(results, before | {"data_sha256": data_digest(str(tmp_path / "data"))})
@@ -404,3 +405,19 @@ def test_run_that_cannot_resume_says_how_to_start_afresh(script: str, tmp_path: 
     (each.folder / "reason").write_text("damaged state")
     assert outcomes([each]) == {
         "stopped": f"damaged state (to start afresh, delete {each.folder})"}
+
+
+def test_interrupted_run_whose_settings_cannot_be_read_starts_afresh(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """For once with train.py itself: it replaces what an interrupted run left without settings."""
+    settings = {name: getattr(config, name) for name in (
+        "init_from", "dataset", "device", "dtype", "lora_rank", "batch_size", "wandb_mode")}
+    each = Job("run", "train.py", settings | {"max_iters": 1, "overwrite": True}, tmp_path / "run")
+    each.folder.mkdir()
+    (each.folder / "config.json").write_text("{")
+    (each.folder / STATE_FILE).write_bytes(b"damaged")
+    assert each.state.startswith("to do again: ")
+    assert outcomes([each]) == {"run": ""}
+    assert each.state == "finished"
+    assert not (each.folder / STATE_FILE).exists()
