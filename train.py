@@ -340,7 +340,7 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
         about = {"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss}
         rows.append(about | task.columns(scores[name]))
     if rank() == 0:
-        run_folder.mark_finished(run.folder, run.iteration)
+        run.metrics.finish(run.iteration)
         print("", table(rows), sep="\n")
     return scores
 

@@ -128,10 +128,11 @@ class Run:
         self.iteration += 1
         return loss
 
-    def evaluate(self, model: GPT, batches: int) -> dict[str, float]:
+    def evaluate(self, model: GPT, batches: int, logged_as: str = "") -> dict[str, float]:
         scores = evaluate(
             model, self.validation, self.vocabulary, self.dtype, self.config.batch_size, batches)
-        self.metrics.log(self.iteration, seconds=self.seconds, **scores)
+        self.metrics.log(self.iteration, seconds=self.seconds,
+                         **{logged_as + name: value for name, value in scores.items()})
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
         tqdm.write(f"step {self.iteration}: {shown}")
         return scores
@@ -201,8 +202,8 @@ def pretrain(run: Run) -> dict[str, float]:
           f"train on, {len(run.validation.tokens):,} to validate on")
     fit(run)
     run.model.half().save_pretrained(run.folder / "model")
-    saved = GPT.from_pretrained(str(run.folder / "model")).to(run.device)
-    scores = run.evaluate(saved, 0)
+    saved = GPT.from_pretrained(run.folder / "model").to(run.device)
+    scores = run.evaluate(saved, 0, logged_as="final_")
     tokens = config.max_iters * config.batch_size * config.block_size
     write_json(run.folder / "results.json",
                scores | {"tokens_seen": tokens, "seconds": run.seconds})

@@ -38,6 +38,7 @@ CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
+AT_THE_END = ("test_", "final_")  # metrics that a run logs at its end
 PATHS = ("init_from", "dataset")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
@@ -301,13 +302,21 @@ class MetricsLog:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self.tracker.log(values, iteration)
 
+    def finish(self, iteration: int) -> None:
+        """Plot the losses, then record that the run has taken `iteration` steps and is scored."""
+        self._plot()
+        mark_finished(self.folder, iteration)
+
     def close(self) -> None:
-        if self.folder is not None:
-            try:
-                plot_losses(self.folder)
-            except OSError as error:  # a full disk must not hide the error that ended the run
-                print(error, file=sys.stderr)
+        if self.folder is not None and not (self.folder / FINISHED_FILE).is_file():
+            self._plot()
         self.tracker.close()
+
+    def _plot(self) -> None:
+        try:
+            plot_losses(self.folder)
+        except OSError as error:  # a full disk must not hide the error that ended the run
+            print(error, file=sys.stderr)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -352,11 +361,15 @@ def _count(value: Any) -> int:
 
 
 def reopen(folder: Path, iteration: int, evaluated: bool) -> None:
-    """Continue a run at a state saved at `iteration`: it is not finished, and later lines go."""
+    """Continue a run at a state saved at `iteration`: it is not finished, and later lines go.
+
+    So do the scores of its end.
+    """
     (folder / FINISHED_FILE).unlink(missing_ok=True)
     lines = [
         json.dumps(line) + "\n" for line in read_metrics(folder)
         if line["iteration"] < iteration + (evaluated and "validation_loss" in line)
+        and not any(key.startswith(AT_THE_END) for key in line)
     ]
     with atomic_write(folder / METRICS_FILE) as temporary:
         temporary.write_text("".join(lines), "utf-8")

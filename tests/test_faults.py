@@ -267,7 +267,7 @@ def scenarios(
     return training(config)
 
 
-@pytest.mark.parametrize(("kind", "kills"), zip(KINDS, (4, 4, 3, 2, 2, 1), strict=True))
+@pytest.mark.parametrize(("kind", "kills"), list(zip(KINDS, (4, 4, 3, 2, 2, 1), strict=True)))
 def test_killed_runs_end_like_the_others(
     kind: str, kills: int, small: TrainConfig, imdb: str, killer: Killer, tmp_path: Path
 ) -> None:
@@ -276,7 +276,8 @@ def test_killed_runs_end_like_the_others(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("kind", "kills"), zip(KINDS, (50, 50, 40, 20, 25, 15), strict=True))
+@pytest.mark.parametrize(
+    ("kind", "kills"), list(zip(KINDS, (50, 50, 40, 20, 25, 15), strict=True)))
 def test_two_hundred_killed_runs_end_like_the_others(
     kind: str, kills: int, small: TrainConfig, imdb: str, killer: Killer, tmp_path: Path
 ) -> None:
