@@ -36,6 +36,7 @@ from runtime.device import (
     peak_memory,
     set_up_memory,
 )
+from runtime.metrics import MetricsLog
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from runtime.processes import (
     any_rank,
@@ -172,8 +173,8 @@ class Run:
         elif rank() == 0:
             run_folder.refuse_loss(config)  # again, now that this process holds the lock
             run_folder.start_folder(config, **self.facts)
-        self.metrics = (run_folder.MetricsLog(self.folder, start_tracking(config, self.folder))
-                        if rank() == 0 else run_folder.MetricsLog(None))
+        self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
+                        if rank() == 0 else MetricsLog(None))
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
@@ -340,7 +341,7 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
         about = {"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss}
         rows.append(about | task.columns(scores[name]))
     if rank() == 0:
-        run.metrics.finish(run.iteration)
+        run_folder.mark_finished(run.metrics, run.iteration)
         print("", table(rows), sep="\n")
     return scores
 

@@ -10,14 +10,8 @@ from typing import Any, NamedTuple
 from checkpoints.files import read_json
 from checkpoints.hub_format import weights_digest
 from dataloader import make_task, resolve_dataset
-from runtime.run_folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    SavedRun,
-    changed_settings,
-    read_metrics,
-    read_run,
-)
+from runtime.metrics import METRICS_FILE, read_metrics
+from runtime.run_folder import CONFIG_FILE, SavedRun, changed_settings, read_run
 from tasks.base import Task
 from tasks.sources import data_digest
 from train import TrainConfig

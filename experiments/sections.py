@@ -24,7 +24,7 @@ from experiments.results import (
 )
 from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES, GPTConfig
-from runtime.run_folder import training_seconds
+from runtime.metrics import training_seconds
 from tasks.scores import markdown_table, wilson_interval
 from train import TrainConfig
 

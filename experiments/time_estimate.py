@@ -14,7 +14,7 @@ from dataloader import CustomDataLoader, find_task, make_task
 from experiments.jobs import Job
 from model import GPTConfig
 from runtime.device import resolve_device, resolve_dtype
-from runtime.run_folder import read_metrics, training_seconds
+from runtime.metrics import read_metrics, training_seconds
 from train import TrainConfig
 
 STARTUP = 6.0  # seconds before a script starts to compute

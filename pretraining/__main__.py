@@ -30,10 +30,10 @@ from runtime.device import (
     resolve_dtype,
     set_up_memory,
 )
+from runtime.metrics import MetricsLog
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from runtime.processes import stop_on_signal
 from runtime.run_folder import (
-    MetricsLog,
     NewFolderConfig,
     changed_settings,
     forget_checkpoint,

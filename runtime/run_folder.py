@@ -1,15 +1,12 @@
-"""A run's folder: its settings, its metrics and plot, whether it is finished, who may write to it.
+"""A run's folder: its settings, whether it is finished, who may write to it.
 
 `config.json` holds the settings, `metrics.jsonl` a line for each log, `loss.png` their plot,
 `trainer_state.pt` the state to resume from, `best/` and `last/` the checkpoints with their scores,
 and `finished.json` says that the run is complete.
 """
 
-import json
-import statistics
 import subprocess
 import sys
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -18,27 +15,24 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from checkpoints.files import (
-    atomic_write,
-    local_path,
-    read_json,
-    remove_leftovers,
-    write_json,
-)
+from checkpoints.files import local_path, read_json, remove_leftovers, write_json
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT, configure
 from runtime.device import device_name, resolve_dtype
-from runtime.tracking import Tracker
+from runtime.metrics import (
+    METRICS_FILE,
+    PLOT_FILE,
+    MetricsLog,
+    forget_later_metrics,
+    read_metrics,
+)
 
-CONFIG_FILE, METRICS_FILE, FINISHED_FILE = "config.json", "metrics.jsonl", "finished.json"
+CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
-AT_THE_END = ("test_", "final_")  # metrics that a run logs at its end
 PATHS = ("init_from", "dataset")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
@@ -239,7 +233,7 @@ def start_folder(config: FolderConfig, **facts: Any) -> None:
     """Remove what an earlier run wrote to `out_dir`, and write the settings of the new one."""
     folder = Path(config.out_dir)
     # The state goes first: without it, nobody can resume from a folder that is half removed.
-    for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, "loss.png"):
+    for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, PLOT_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in CHECKPOINTS:
         forget_checkpoint(folder / name)
@@ -289,54 +283,10 @@ def git_commit() -> str | None:
         return None
 
 
-class MetricsLog:
-    """Append to `metrics.jsonl` and to the tracker; without a folder, do nothing."""
-
-    def __init__(self, folder: Path | None, tracker: Tracker | None = None) -> None:
-        self.folder, self.tracker = folder, tracker or Tracker()
-
-    def log(self, iteration: int, **values: float) -> None:
-        if self.folder is None:
-            return
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self.tracker.log(values, iteration)
-
-    def finish(self, iteration: int) -> None:
-        """Plot the losses, then record that the run has taken `iteration` steps and is scored."""
-        self._plot()
-        mark_finished(self.folder, iteration)
-
-    def close(self) -> None:
-        if self.folder is not None and not (self.folder / FINISHED_FILE).is_file():
-            self._plot()
-        self.tracker.close()
-
-    def _plot(self) -> None:
-        try:
-            plot_losses(self.folder)
-        except OSError as error:  # a full disk must not hide the error that ended the run
-            print(error, file=sys.stderr)
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of `metrics.jsonl`, without one that a crash cut short.
-
-    Raises ValueError, naming the line, if it holds anything else.
-    """
-    path, metrics = folder / METRICS_FILE, []
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics += [json.loads(line)] if line.endswith("}") else []
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    return metrics
-
-
-def mark_finished(folder: Path, iteration: int) -> None:
-    """Record that the run has trained `iteration` steps and scored its checkpoints."""
-    write_json(folder / FINISHED_FILE, {"iteration": iteration})
+def mark_finished(metrics: MetricsLog, iteration: int) -> None:
+    """Plot a run's metrics, then record that it has taken `iteration` steps and is scored."""
+    metrics.plot()
+    write_json(metrics.folder / FINISHED_FILE, {"iteration": iteration})
 
 
 def is_finished(folder: Path) -> bool:
@@ -361,45 +311,6 @@ def _count(value: Any) -> int:
 
 
 def reopen(folder: Path, iteration: int, evaluated: bool) -> None:
-    """Continue a run at a state saved at `iteration`: it is not finished, and later lines go.
-
-    So do the scores of its end.
-    """
+    """Continue a run at a state saved at `iteration`: it is not finished, and later lines go."""
     (folder / FINISHED_FILE).unlink(missing_ok=True)
-    lines = [
-        json.dumps(line) + "\n" for line in read_metrics(folder)
-        if line["iteration"] < iteration + (evaluated and "validation_loss" in line)
-        and not any(key.startswith(AT_THE_END) for key in line)
-    ]
-    with atomic_write(folder / METRICS_FILE) as temporary:
-        temporary.write_text("".join(lines), "utf-8")
-
-
-def training_seconds(
-    metrics: Sequence[Mapping[str, float]], window: int, max_iters: int
-) -> float:
-    """Return the seconds that `max_iters` steps of `window` examples took, without validations."""
-    seconds = [window / line["reviews_per_second"] for line in metrics
-               if "reviews_per_second" in line]
-    return max_iters * statistics.mean(seconds) if seconds else 0.0
-
-
-def plot_losses(folder: Path) -> None:
-    """Draw `loss.png`: training and validation loss over the optimizer steps."""
-    metrics = read_metrics(folder)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("train_loss", "-"), ("validation_loss", "o--")):
-        lines = [line for line in metrics if key in line]
-        steps, losses = [line["iteration"] for line in lines], [line[key] for line in lines]
-        axes.plot(steps, losses, style, label=key.replace("_", " "))
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)")
-    axes.set_title(folder.name, parse_math=False)
-    axes.set_yscale("log")  # a few steps teach the format, the long rest the task
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend()
-    with atomic_write(folder / "loss.png") as path, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the folder's name may hold an emoji
-        figure.savefig(path, dpi=150)
+    forget_later_metrics(folder, iteration, evaluated)

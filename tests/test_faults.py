@@ -15,7 +15,7 @@ import pytest
 
 from checkpoints.files import read_json, read_tensors
 from checkpoints.trainer_state import read_state
-from runtime.run_folder import read_metrics
+from runtime.metrics import read_metrics
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,8 @@ from experiments.__main__ import make_job, plan_jobs
 from experiments.plan import ExperimentsConfig, plan
 from generate import GenerateConfig
 from runtime.device import describe
-from runtime.run_folder import FINISHED_FILE, is_finished, read_metrics
+from runtime.metrics import read_metrics
+from runtime.run_folder import FINISHED_FILE, is_finished
 from train import TrainConfig
 
 KINDS = ("lora", "full", "codes")

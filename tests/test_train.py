@@ -20,6 +20,7 @@ from dataloader import SentimentTask, make_loader
 from methods.build import load_checkpoint
 from model import GPT
 from runtime import run_folder
+from runtime.metrics import read_metrics
 from train import Run, TrainConfig, resumed, train, validation_loss
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 def metrics(config: TrainConfig) -> list[dict]:
     """The metrics of a run without what depends on the clock and on the process."""
-    lines = run_folder.read_metrics(Path(config.out_dir))
+    lines = read_metrics(Path(config.out_dir))
     noise = {"reviews_per_second", "memory_mib"}
     return [{k: v for k, v in line.items() if k not in noise} for line in lines]
 
@@ -41,7 +42,7 @@ def test_run_leaves_the_folder_that_the_readme_promises(config: TrainConfig) -> 
     assert described["dtype"] == "float32"
     assert described["parameters"]["trained"] == 2 * 2 * 3 * 4 * 16
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    lines = run_folder.read_metrics(folder)
+    lines = read_metrics(folder)
     assert [line["iteration"] for line in lines if "validation_loss" in line] == [0, 3, 6, 8]
     assert [line["iteration"] for line in lines if "train_loss" in line] == list(range(8))
     for name in ("best", "last"):
@@ -190,7 +191,7 @@ def test_plot_that_fails_hides_no_other_error(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("runtime.run_folder.plot_losses", full)
+    monkeypatch.setattr("runtime.metrics.plot_losses", full)
     with pytest.raises(FloatingPointError, match="step 1: the loss of batch 1 of 2 is nan"):
         train(replace(config, learning_rate=1e30, grad_clip=0.0))
     train(replace(config, max_iters=1))  # and the folder is not in use any more

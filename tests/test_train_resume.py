@@ -13,8 +13,8 @@ import pytest
 import train as script
 from checkpoints.files import read_json, write_json
 from configurator import run_script
-from runtime import run_folder
-from runtime.run_folder import is_finished, read_metrics, read_run
+from runtime.metrics import read_metrics
+from runtime.run_folder import is_finished, read_run
 from train import TrainConfig, train
 
 
@@ -186,13 +186,3 @@ def test_run_cannot_replace_the_model_it_starts_from(config: TrainConfig) -> Non
     with pytest.raises(ValueError, match=r"init_from='.*best' is in out_dir="):
         train(replace(config, init_from=str(best), overwrite=True))
     assert (best / "model.safetensors").read_bytes() == before
-
-
-def test_folder_with_an_emoji_and_a_dollar_in_its_name_is_plotted(
-    config: TrainConfig, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    folder = tmp_path / r"run $\frac 🦥"
-    folder.mkdir()
-    run_folder.plot_losses(folder)
-    assert (folder / "loss.png").stat().st_size > 1000
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -20,7 +20,7 @@ from experiments.__main__ import check, jobs_by_question, main, plan_jobs, selec
 from experiments.plan import ExperimentsConfig, plan
 from experiments.report import check_folder
 from generate import GenerateConfig
-from runtime.run_folder import read_metrics
+from runtime.metrics import read_metrics
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from configurator import configure
 from model import GPT
 from pretraining.__main__ import PretrainConfig, Run, main
 from pretraining.sampled_softmax import evaluate
-from runtime.run_folder import read_metrics
+from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from made_models import read_lines
 from runtime import device as device_module
 from runtime import processes
 from runtime.device import resolve_device, resolve_dtype
-from runtime.run_folder import read_metrics
+from runtime.metrics import read_metrics
 from train import Run, TrainConfig, train
 
 ROOT = Path(__file__).parents[2]

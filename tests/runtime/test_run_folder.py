@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from checkpoints.files import write_json
 from runtime import run_folder
+from runtime.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +59,7 @@ def finished(tmp_path: Path) -> Path:
     (folder / "best" / "notes.txt").write_text("mine")
     (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 9, "loss": 1.0}) + "\n")
     (folder / "trainer_state.pt").write_text("state")
-    run_folder.mark_finished(folder, 9)
+    run_folder.mark_finished(MetricsLog(folder), 9)
     return folder
 
 
@@ -87,7 +86,7 @@ def test_run_without_one_of_its_files_is_not_finished(finished: Path, name: str)
 def test_record_of_fewer_steps_than_the_settings_is_not_that_of_a_finished_run(
     finished: Path, steps: object
 ) -> None:
-    run_folder.mark_finished(finished, 8)
+    run_folder.mark_finished(MetricsLog(finished), 8)
     run = json.loads((finished / "config.json").read_text())
     run["settings"]["max_iters"] = steps
     write_json(finished / "config.json", run)
@@ -191,12 +190,6 @@ def test_run_without_a_state_starts_again_unless_it_has_checkpoints(finished: Pa
     assert not run_folder.has_state(config)
 
 
-def test_metrics_that_are_no_json_are_named_with_their_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{x}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
-        run_folder.read_metrics(tmp_path)
-
-
 @pytest.mark.parametrize(("name", "value"), [
     ("lora_rank", "16"), ("lora_rank", True), ("seed", 1.5), ("out_dir", 7), ("overwrite", [])])
 def test_saved_setting_of_another_type_is_refused(name: str, value: object) -> None:
@@ -217,27 +210,6 @@ def test_file_of_something_else_is_no_run(tmp_path: Path, run: dict, message: st
         run_folder.read_run(str(tmp_path))
 
 
-def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
-    lines = '{"iteration": 0, "train_loss": 1.0}\n{"iteration": 1, "tra'
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    assert run_folder.read_metrics(tmp_path) == [{"iteration": 0, "train_loss": 1.0}]
-    run_folder.reopen(tmp_path, 9, evaluated=False)
-    assert (tmp_path / "metrics.jsonl").read_text() == lines.splitlines()[0] + "\n"
-
-
-def test_metrics_after_a_saved_state_are_forgotten(tmp_path: Path) -> None:
-    lines = [
-        {"iteration": 0, "validation_loss": 2.0}, {"iteration": 0, "train_loss": 2.0},
-        {"iteration": 1, "validation_loss": 1.0}, {"iteration": 1, "train_loss": 1.0},
-        {"iteration": 1, "test_accuracy_last": 0.5}, {"iteration": 2, "train_loss": 0.5},
-    ]
-    for evaluated, kept in ((True, 3), (False, 2)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / "metrics.jsonl").write_text(text)
-        run_folder.reopen(tmp_path, 1, evaluated)
-        assert run_folder.read_metrics(tmp_path) == lines[:kept]
-
-
 def test_start_folder_removes_only_what_a_run_writes(finished: Path) -> None:
     (finished / "base").mkdir()
     for name in ("notes.txt", "loss.png", "last/results-train.json", "last/results_mine.json"):
@@ -249,39 +221,6 @@ def test_start_folder_removes_only_what_a_run_writes(finished: Path) -> None:
     described = json.loads((finished / "config.json").read_text())
     assert described["device"] == "cpu"
     assert described.keys() == {"settings", "device", "commit"}
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that `run_folder` draws."""
-    drawn: list[Figure] = []
-
-    def keep(**settings: object) -> Figure:
-        drawn.append(Figure(**settings))
-        return drawn[-1]
-
-    monkeypatch.setattr(run_folder, "Figure", keep)
-    return drawn
-
-
-@pytest.mark.parametrize("lines", [
-    [],
-    [{"iteration": 0, "validation_loss": 3.0}, {"iteration": 0, "train_loss": 2.5},
-     {"iteration": 5, "train_loss": 1.5}, {"iteration": 6, "validation_loss": 1.0}],
-])
-def test_loss_plot_shows_the_logged_losses(
-    tmp_path: Path, figures: list[Figure], lines: list[dict[str, float]]
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run_folder.plot_losses(tmp_path)
-    (axes,) = figures[0].axes
-    found = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-    assert found == {key.replace("_", " "): [(line["iteration"], line[key]) for line in lines
-                                             if key in line]
-                     for key in ("train_loss", "validation_loss")}
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (
-        "optimizer steps", "loss (nats a token)", "log")
-    assert imread(tmp_path / "loss.png").shape == (600, 1050, 4)
 
 
 def test_folder_in_use_is_refused_until_the_run_ends(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from runtime import tracking
-from runtime.run_folder import MetricsLog, read_metrics
+from runtime.metrics import MetricsLog, read_metrics
 
 
 def test_failing_tracker_is_dropped_with_a_line(

@@ -24,7 +24,8 @@ from experiments.results import Row
 from experiments.text_sections import EXAMPLES
 from generate import GenerateConfig, ModelSampler
 from model import GPT, IGNORE, GPTConfig
-from runtime.run_folder import is_finished, read_metrics
+from runtime.metrics import read_metrics
+from runtime.run_folder import is_finished
 from tasks.base import ClassificationTask, Task
 from tasks.python_code import PythonCodesTask
 from tasks.scores import Completion, Metric
