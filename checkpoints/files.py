@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises OSError naming `path` if it cannot be written, as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask leaves; safetensors would set 0600
         yield temporary
@@ -42,7 +42,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # as where the folder could not be made
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

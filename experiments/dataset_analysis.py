@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from checkpoints.files import atomic_write
+from checkpoints.files import atomic_write, local_path
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, TaskConfig, make_task, resolve_dataset
 from experiments.figures import length_histograms
@@ -24,7 +24,7 @@ class AnalysisConfig(TaskConfig):
     """Settings of `python -m experiments.dataset_analysis`."""
 
     block_size: Annotated[int, "longest sequence in tokens", Bounds(16)] = 1024
-    out_dir: Annotated[str, "folder for lengths.png"] = "out/analysis"
+    out_dir: Annotated[str, "folder for lengths.png", local_path] = "out/analysis"
 
 
 class Lengths(NamedTuple):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
+from checkpoints.files import local_path, slug
 from configurator import Bounds
 from dataloader import find_task
-from generate import slug
 from runtime.tracking import WandbMode
 from tasks.base import Answers
 from train import TrainConfig
@@ -21,9 +21,9 @@ FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
 class ExperimentsConfig(TrainConfig):
     """Settings of `python -m experiments`: those of every run, and which runs to start."""
 
-    out_dir: Annotated[str, "folder of the runs"] = "out/experiments"
+    out_dir: Annotated[str, "folder of the runs", local_path] = "out/experiments"
     wandb_mode: Annotated[WandbMode, "auto is online where a key is given"] = "disabled"
-    report_dir: Annotated[str, "folder of the report"] = "report"
+    report_dir: Annotated[str, "folder of the report", local_path] = "report"
     only: Annotated[str, "questions or runs with commas; dry_run=True lists them"] = ""
     seeds: Annotated[int, "runs of each variant: seed, seed + 1, ...", Bounds(1)] = 3
     full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4

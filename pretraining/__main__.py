@@ -7,7 +7,7 @@ python -m pretraining config/pretrain_mini.py init_from=resume    resumes the ru
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints.files import write_json
+from checkpoints.files import anchored, local_path, write_json
 from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, run_script
 from model import GPT, GPTConfig
@@ -42,6 +42,7 @@ from runtime.run_folder import (
     reopen,
     start_folder,
 )
+from tasks.sources import NAMES
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 
@@ -51,9 +52,10 @@ class PretrainConfig(OptimizerConfig, NewFolderConfig, DeviceConfig):
     """Settings of `python -m pretraining`."""
 
     init_from: Annotated[Literal["scratch", "resume"], "start anew, or resume out_dir"] = "scratch"
-    out_dir: Annotated[str, "folder of the run; model/ holds the result"] = "out/pretrain"
+    out_dir: Annotated[
+        str, "folder of the run; model/ holds the result", local_path] = "out/pretrain"
     seed: Annotated[int, "seed of weights, data, dropout, negatives", Bounds(0, 2**31 - 1)] = 1337
-    data: Annotated[str, "imdb (from the hub) or a folder with its splits"] = "imdb"
+    data: Annotated[str, "imdb (from the hub) or a folder with its splits", local_path] = "imdb"
     passes: Annotated[int, "times each labelled review is split into pieces", Bounds(1)] = 1
     verdict_weight: Annotated[float, "loss weight of a verdict's first token", Bounds(0)] = 1.0
     n_layer: Annotated[int, "transformer blocks", Bounds(1)] = 4
@@ -214,7 +216,7 @@ def pretrain(run: Run) -> dict[str, float]:
 @explain_out_of_memory()
 def main(config: PretrainConfig) -> dict[str, float]:
     set_up_memory()
-    run = Run(config)
+    run = Run(replace(config, data=anchored(config.data, NAMES)))
     try:
         return pretrain(run)
     finally:

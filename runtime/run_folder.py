@@ -33,7 +33,7 @@ CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
-PATHS = ("init_from", "dataset")  # settings that older runs kept relative
+PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
 # These change what a run reports, not what it computes.
