@@ -324,9 +324,9 @@ def load_subject(config: GenerateConfig) -> Subject:
     return Subject(model, settings, folder, dtype, run.dtype)
 
 
-def answer_text(sampler: ModelSampler, text: str) -> None:
+def answer_text(sampler: ModelSampler, record: Record) -> None:
     """Print the model's answer to one text."""
-    (prediction,) = sampler.predict([{sampler.loader.task.text_field: text}])
+    (prediction,) = sampler.predict([record])
     print("\n".join(sampler.loader.task.tell(prediction)))
 
 
@@ -346,18 +346,18 @@ def answer(config: GenerateConfig) -> None:
                      for asked in (question, own))
     sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,
                            question.max_new_tokens, question.temperature, question.top_k)
-    if config.text:
+    text = [{loader.task.text_field: config.text}] if config.text else []
+    records = text or loader.spread(question.split, question.limit)
+    if (cut := loader.texts_cut(records, sampler.max_new_tokens)) and rank() == 0:
+        print(f"{cut:,} of {len(records):,} texts are cut to fit into {loader.block_size} tokens")
+    if text:
         if rank() == 0:
-            answer_text(sampler, config.text)
+            answer_text(sampler, *text)
         return
     suffix = results_suffix(question, own, subject.settings.task)
     suffix = spare_results(subject.folder, suffix, sampler.describe())
-    records = loader.spread(question.split, question.limit)
     results = score(sampler, records, subject.folder, suffix)
     if rank() == 0:
-        if cut := loader.texts_cut(records, sampler.max_new_tokens):
-            print(f"{cut:,} of {len(records):,} texts were cut to fit into {loader.block_size} "
-                  f"tokens")
         print(f"{subject.folder}, {loader.dataset} {question.split}: "
               f"{loader.task.describe(results)}")
         print(f"written: {subject.folder / f'results{suffix}.json'}")

@@ -43,10 +43,10 @@ def _in_a_job() -> bool:
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     words = [name for name in VARIABLES[:3] if not os.environ.get(name, "0").isdecimal()]
     if missing or words:
+        fault = f"lacks {', '.join(missing)}" if missing else f"{words[0]} is no number"
         raise ValueError(
             f"the environment has {' and '.join(sorted(os.environ.keys() & VARIABLES))}, but "
-            f"{', '.join(missing or words)} {'is not set' if missing else 'is no number'}; start "
-            "several processes with torchrun, or unset these variables")
+            f"{fault}; start several processes with torchrun, or unset these variables")
     return True
 
 

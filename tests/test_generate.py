@@ -254,6 +254,18 @@ def test_one_text_is_labelled_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_cut_texts_are_counted(
+    checkpoint: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"init_from={checkpoint}", f"dataset={reviews}", f"out_dir={tmp_path}"]
+    run(*settings, "text=" + "long " * 300)
+    assert capsys.readouterr().out.startswith("1 of 1 texts are cut to fit into 256 tokens\n")
+    run(*settings, "block_size=72", "limit=4")
+    assert capsys.readouterr().out.startswith("4 of 4 texts are cut to fit into 72 tokens\n")
+    run(*settings, "limit=4")
+    assert "are cut to fit" not in capsys.readouterr().out
+
+
 def test_best_and_last_of_a_run_are_scored_with_its_own_settings(
     checkpoint: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

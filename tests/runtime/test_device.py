@@ -153,8 +153,8 @@ def test_processes_that_cannot_share_the_window_are_refused(
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
-    ({"RANK": "0"}, "has RANK, but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"),
+    ({"RANK": "0"}, "has RANK, but lacks WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"),
     ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
      "but RANK is no number; start several processes with torchrun"),
 ])
