@@ -125,14 +125,16 @@ def contents(folder: Path) -> dict[str, bytes]:
             for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
 
 
-@pytest.fixture
-def killer(tmp_path: Path, config: TrainConfig, imdb: str) -> Iterator[Killer]:
+@pytest.fixture(scope="module")
+def killer(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: str, reviews: str, imdb: str
+) -> Iterator[Killer]:
     """Works in a folder of somebody's files, and changes neither these nor its inputs."""
-    foreign = tmp_path / "foreign"
+    foreign = tmp_path_factory.mktemp("foreign")
     for name in ("config.json", "base/thesis.txt", "best/model.safetensors", "out/metrics.jsonl"):
         (foreign / name).parent.mkdir(parents=True, exist_ok=True)
         (foreign / name).write_text(name)
-    places = [foreign, Path(config.init_from), Path(config.dataset), Path(imdb)]
+    places = [foreign, *map(Path, (checkpoint, reviews, imdb))]
     before = [contents(place) for place in places]
     killer = Killer(foreign)
     yield killer
