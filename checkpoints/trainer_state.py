@@ -43,10 +43,12 @@ class TrainerState:
         """
         path = folder / STATE_FILE
         state = read_state(path)
-        needed = {"settings", "weights", "optimizer", "scaler", *progress}
+        needed = {"settings", "iteration", "weights", "optimizer", "scaler", *progress}
         if missing := needed - state.keys():
             raise ValueError(f"{path} is damaged or another program's: it lacks "
                              f"{', '.join(sorted(missing))}")
+        if type(state["iteration"]) is not int or not isinstance(state["settings"], dict):
+            raise ValueError(f"{path} is damaged: its iteration or settings are of another type")
         return state
 
     def restore(self, state: Mapping[str, Any], folder: Path, generators: bool = True) -> None:

@@ -53,9 +53,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            metrics += [json.loads(line)] if line.endswith("}") else []
-        except ValueError as error:
+            values = json.loads(line) if line.endswith("}") else None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from None
+        if values and not isinstance(values.get("iteration"), int):
+            raise ValueError(f"{path}:{number}: a line must name its iteration")
+        metrics += [values] if values else []
     return metrics
 
 

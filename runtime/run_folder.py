@@ -105,8 +105,8 @@ def read_run(out_dir: str) -> SavedRun:
     if missing := missing | ({"init_from", "lora_rank"} - settings.keys()):
         raise ValueError(f"{path} is not a fine-tuning run's: it lacks "
                          f"{', '.join(sorted(missing))}")
-    named = {name: run.pop(name) for name in ("settings", "device", "dtype")}
-    return SavedRun(**named, processes=run.pop("processes", 1), facts=run)
+    return SavedRun(run.pop("settings"), str(run.pop("device")), str(run.pop("dtype")),
+                    run.pop("processes", 1), facts=run)
 
 
 def run_dtype(run: SavedRun | None, name: str, device: torch.device) -> torch.dtype:
@@ -126,7 +126,7 @@ def changed_settings(
     return ", ".join(
         f"{name}={saved[name]!r}, now {value!r}" for name, value in asdict(config).items()
         if name not in FREE_SETTINGS and name not in ignore and saved[name] != value
-        and not (name in PATHS and Path(saved[name]).absolute() == Path(value).absolute())
+        and not (name in PATHS and Path(str(saved[name])).absolute() == Path(value).absolute())
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import train as script
 from checkpoints.files import read_json, write_json
+from checkpoints.trainer_state import read_state, write_state
 from configurator import run_script
 from runtime.metrics import read_metrics
 from runtime.run_folder import is_finished, read_run
@@ -153,6 +154,7 @@ def test_paths_are_found_from_another_working_directory(
     ("lora_dropout", 7.0, "saved setting lora_dropout=7.0 must be at most 1"),
     ("dtype", "int8", "saved setting dtype='int8' must be one of auto, float32"),
     ("lora_qkv", ["split"], "must be of type str"),
+    ("init_from", 3, "must be of type str"),
 ])
 def test_settings_edited_by_hand_are_checked(
     name: str, value: object, message: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
@@ -162,6 +164,18 @@ def test_settings_edited_by_hand_are_checked(
     write_json(path, {"settings": asdict(config) | {name: value}, "device": "cpu", "dtype": "x"})
     assert resume(config, monkeypatch) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("edit", [{"iteration": "4"}, {"settings": [1]}])
+def test_state_of_odd_progress_is_refused(
+    edit: dict[str, object], config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(replace(config, max_iters=1))
+    path = Path(config.out_dir, "trainer_state.pt")
+    write_state(path, read_state(path) | edit)
+    assert resume(config, monkeypatch) == 2
+    assert "is damaged: its iteration or settings are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

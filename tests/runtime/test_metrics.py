@@ -14,6 +14,9 @@ def test_metrics_that_are_no_json_are_named_with_their_line(tmp_path: Path) -> N
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{x}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
         metrics.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"train_loss": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: a line must name its iteration"):
+        metrics.read_metrics(tmp_path)
 
 
 def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
