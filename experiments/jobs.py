@@ -30,8 +30,10 @@ from runtime.run_folder import FINISHED_FILE, is_finished
 from train import TrainConfig
 
 ATTEMPT = "$ python"  # the log's line before the output of an attempt
-# Standings of a job beside "finished" and "interrupted"; it does not replace another run.
-TO_DO, AGAIN, OTHER = "to do", "to do again", "holds another run"
+# What a job's folder may hold. A job repeats what is to do again, but replaces no other run.
+TO_DO, INTERRUPTED, FINISHED = "to do", "interrupted", "finished"
+AGAIN, OTHER = "to do again", "holds another run"
+Started = subprocess.Popen | str  # the process of a job, or the error that kept it from starting
 
 
 class Job(NamedTuple):
@@ -50,17 +52,17 @@ class Job(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return self.standing[0] == "finished"
+        return self.standing[0] == FINISHED
 
     @property
     def interrupted(self) -> bool:
-        return self.standing[0] == "interrupted"
+        return self.standing[0] == INTERRUPTED
 
     @property
     def standing(self) -> tuple[str, str]:
-        """What its folder holds, one of the words below, and the reason or "".
+        """What its folder holds, one of the constants above, and the reason or "".
 
-        A run that cannot be read, or whose data or base model have changed, is to do again.
+        A run that cannot be read, or whose data or base model changed, is to do again.
         """
         try:
             return self.kept_scores() if self.result else self.kept_run()
@@ -80,16 +82,16 @@ class Job(NamedTuple):
             return AGAIN, changed
         if complete and not is_finished(self.folder):
             return AGAIN, f"{self.folder / FINISHED_FILE} is not that of a complete run"
-        return ("finished" if complete else "interrupted"), ""
+        return (FINISHED if complete else INTERRUPTED), ""
 
     def kept_scores(self) -> tuple[str, str]:
         """Return the standing of a script that trains nothing. Raises as `load_run` does."""
         if not any(self.folder.glob(self.result)):
             return TO_DO, ""
-        if self.script == "generate.py":
-            changed = changed_sources(self.scores().results, self.settings)
-            return (AGAIN, changed) if changed else ("finished", "")
-        return "finished", ""
+        if self.script != "generate.py":
+            return FINISHED, ""
+        changed = changed_sources(self.scores().results, self.settings)
+        return (AGAIN, changed) if changed else (FINISHED, "")
 
     def scores(self) -> Scores:
         """Return the scores that `generate.py` wrote. Raises as `load_run` does."""
@@ -102,8 +104,8 @@ class Job(NamedTuple):
 
     @property
     def launched(self) -> "Job":
-        """This job with the number of processes of the run in its folder, which resuming keeps."""
-        if self.result or not (self.finished or self.interrupted):
+        """This job with as many processes as the run in its folder, because resuming keeps them."""
+        if self.result or self.standing[0] not in (FINISHED, INTERRUPTED):
             return self
         return self._replace(processes=load_started(self.folder)[0].processes)
 
@@ -129,7 +131,7 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Its standing in words; of a job that is to do, also the error of its last attempt."""
+        """Its standing with the reason; for a job that is to do, the error of its last attempt."""
         kind, reason = self.standing
         if kind == TO_DO and self.last_error:
             return f"failed: {self.last_error}"
@@ -167,10 +169,11 @@ class Job(NamedTuple):
         if kind == OTHER:
             raise ValueError(f"{self.folder} {kind}: {reason}; move it away or delete it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        resume = [self.script, "init_from=resume", f"out_dir={self.folder}"]
-        arguments, job = (resume if kind == "interrupted" else self.arguments), self.launched
-        module = [] if job.processes == 1 else ["-m", "torch.distributed.run", *job.torchrun]
+        job, module, arguments = self.launched, [], self.arguments
+        if kind == INTERRUPTED:
+            arguments = [self.script, "init_from=resume", f"out_dir={self.folder}"]
         if job.processes > 1:
+            module = ["-m", "torch.distributed.run", *job.torchrun]
             environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
         with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             print(ATTEMPT, shlex.join(arguments), file=log, flush=True)
@@ -190,8 +193,9 @@ class Job(NamedTuple):
             resumed = "init_from=resume" in self.last_attempt.partition("\n")[0]
             return error + (f" (to start afresh, delete {self.folder})" if resumed else "")
         kind, reason = self.standing
-        missing = "it ended without its result" + (f": {reason}" if reason else "")
-        return "" if kind == "finished" else missing
+        if kind == FINISHED:
+            return ""
+        return "it ended without its result" + (f": {reason}" if reason else "")
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
@@ -207,36 +211,33 @@ def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:
                 running[slot] = job, try_to_start(job, share_of_machine(slot, at_once))
             if not running:
                 return
-            slot = next_to_end(running)
-            job, process = running.pop(slot)
-            failed = isinstance(process, str)
-            error = process if failed else job.failure(process.returncode)
+            job, started = running.pop(next_to_end(running))
+            error = started if isinstance(started, str) else job.failure(started.returncode)
             if not error:
                 job.tidy()
             yield job, error
     finally:
         if running:
             print("stopping; the runs save their state first", file=sys.stderr)
-        processes = [each for _, each in running.values() if not isinstance(each, str)]
+        processes = [started for _, started in running.values() if not isinstance(started, str)]
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait()
 
 
-def try_to_start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen | str:
-    """Start `job`; return its process, or the error if it does not start."""
+def try_to_start(job: Job, environment: Mapping[str, str]) -> Started:
     try:
         return job.start(environment)
     except UNREADABLE as error:
         return in_words(error)
 
 
-def next_to_end(running: Mapping[int, tuple[Job, subprocess.Popen | str]]) -> int:
-    """Wait until one of the processes has ended, or has not started, and return its slot."""
+def next_to_end(running: Mapping[int, tuple[Job, Started]]) -> int:
+    """Wait until a process has ended; return its slot, or that of a job that did not start."""
     while True:
-        for slot, (_, process) in running.items():
-            if isinstance(process, str) or process.poll() is not None:
+        for slot, (_, started) in running.items():
+            if isinstance(started, str) or started.poll() is not None:
                 return slot
         time.sleep(0.1)
 
