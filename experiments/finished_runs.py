@@ -1,4 +1,4 @@
-"""Read what a finished run's folder holds, and refuse what the report cannot show."""
+"""Read the folders of runs: refuse what no report can show, and tell which are outdated."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from tasks.base import Task
 from tasks.sources import data_digest
 from train import TrainConfig
 
-UNREADABLE = (OSError, ValueError, RecursionError)  # the last by JSON nested too deeply
+UNREADABLE = (OSError, ValueError, RecursionError)  # the last for JSON nested too deeply
 SHARES = ("accuracy", "constrained_accuracy")
 
 
@@ -78,10 +78,10 @@ def _load_run(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> TrainedRun:
         raise ValueError(f"{folder / METRICS_FILE}: there is no validation loss after step 0")
     task = make_task(saved.config(TrainConfig).task)
     scores = {name: load_scores(folder / name / "results.json", task) for name in ("best", "last")}
+    results = {name: found.results for name, found in scores.items()}
+    predictions = {name: found.predictions for name, found in scores.items()}
     weights = sum(path.stat().st_size for path in (folder / "best").glob("[!.]*.safetensors"))
-    return TrainedRun(
-        saved, metrics, {name: found.results for name, found in scores.items()},
-        {name: found.predictions for name, found in scores.items()}, weights)
+    return TrainedRun(saved, metrics, results, predictions, weights)
 
 
 def load_started(folder: Path) -> tuple[SavedRun, list[dict[str, float]]]:
@@ -120,21 +120,22 @@ def load_scores(path: Path, task: Task) -> Scores:
 
 def check_results(results: Mapping[str, Any], task: Task, path: Path) -> None:
     """Raise ValueError for results without what the report shows of the task."""
-    words = task.answers == "word"
-    check_numbers(results, ["n", *((*SHARES, "garbage") if words else task.metrics)], path)
-    if words and not all(0 <= results[name] <= 1 for name in SHARES):
-        raise ValueError(f"{path}: an accuracy must be between 0 and 1")
+    if task.answers == "word":
+        check_numbers(results, ["n", *SHARES, "garbage"], path)
+        if not all(0 <= results[name] <= 1 for name in SHARES):
+            raise ValueError(f"{path}: an accuracy must be between 0 and 1")
+        return
+    check_numbers(results, ["n", *task.metrics], path)
     try:
-        if not words:
-            task.explain_references(results)
-            for low, high in results.get("interval_95", {}).values():
-                check_numbers({"low": low, "high": high}, ["low", "high"], path)
+        task.explain_references(results)
+        for low, high in results.get("interval_95", {}).values():
+            check_numbers({"low": low, "high": high}, ["low", "high"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or another task's: {error}") from None
 
 
 def check_numbers(values: Mapping[str, Any], names: Iterable[str], where: Path) -> None:
-    """Raise ValueError unless each of `names` has a finite number."""
+    """Raise ValueError unless each of `names` has a finite number, small enough to sum."""
     for name in names:
         value = values.get(name)
         if type(value) not in (int, float) or not -1e300 < value < 1e300:
@@ -161,7 +162,10 @@ def read_predictions(path: Path, task: Task) -> list[dict[str, Any]]:
 def other_settings(
     saved: SavedRun, metrics: Sequence[Mapping[str, float]], settings: Mapping[str, Any]
 ) -> str:
-    """Name what makes a saved run another than one of `settings`, as if trained on by hand."""
+    """Name the settings in which a saved run differs from `settings`, or return "".
+
+    It also differs if it has taken more steps, because somebody trained it longer by hand.
+    """
     planned = resolve_dataset(TrainConfig(**settings))
     planned = replace(planned, lr_decay_iters=planned.lr_decay_iters or planned.max_iters)
     kept = {"max_iters": TrainConfig.max_iters, **saved.settings}
@@ -174,21 +178,22 @@ def other_settings(
 def changed_sources(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Say whether the local data or base model of a run has changed since; else return "".
 
-    `facts` of an older run name no digest: nothing is known to have changed.
+    The `facts` of an older run lack a digest, and a source may be out of reach now: neither counts
+    as changed.
     """
     base = str(settings.get("init_from", TrainConfig.init_from))
-    local = base == "gpt2-mini" or Path(base).is_dir()  # the hub is not asked
-    pairs = {"data": (facts.get("data_sha256"), data_digest,
-                      str(settings.get("dataset", TrainConfig.dataset))),
-             "base model": (facts.get("base_sha256") if local else "", weights_digest, base)}
-    changed = [name for name, (then, digest, source) in pairs.items()
-               if then and then != (digest_now(digest, source) or then)]
+    sources = [("data", "data_sha256", data_digest,
+                str(settings.get("dataset", TrainConfig.dataset)))]
+    if base == "gpt2-mini" or Path(base).is_dir():  # the hub is not asked
+        sources.append(("base model", "base_sha256", weights_digest, base))
+    changed = [name for name, fact, digest, source in sources
+               if facts.get(fact) and digest_now(digest, source) not in ("", facts[fact])]
     return f"its {' and '.join(changed)} changed" if changed else ""
 
 
 @cache
 def digest_now(digest: Callable[[str], str], source: str) -> str:
-    """Return the digest of a source as this process found it, or "" if it cannot be read."""
+    """Return the digest of a source when first asked, or "" if it cannot be read."""
     try:
         return digest(source)
     except UNREADABLE:

@@ -66,11 +66,11 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
     runs = [run for rows in questions.values() for row in rows for run in row.runs]
     known = [{"device": run.saved.device, "dtype": run.saved.dtype, **run.saved.facts}
              for run in runs]
-    facts = {name: ", ".join(dict.fromkeys(
-        str(each[name]) for each in known if each.get(name) is not None))
-             for name in ("device", "processor", "threads", "dtype", "torch", "commit")}
-    machine = "; ".join(f"{name} {plain(value)}" for name, value in facts.items() if value)
-    machine = f" The runs used: {machine}." if machine else ""
+    used = []
+    for name in ("device", "processor", "threads", "dtype", "torch", "commit"):
+        values = dict.fromkeys(str(each[name]) for each in known if each.get(name) is not None)
+        used += [f"{name} {plain(', '.join(values))}"] if any(values) else []
+    machine = f" The runs used: {'; '.join(used)}." if used else ""
     task = make_task(config.task)
     return [f"{TITLE}: {config.task.replace('_', ' ')}", "",
             f"Model {code(config.init_from)}, data {code(config.dataset)}, {config.max_iters} "
@@ -80,20 +80,26 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if `folder` cannot hold a report, or holds somebody else's.
+    """Raise ValueError if `folder` cannot hold a report, or holds somebody else's files.
 
-    Every report of this program has the same title; its pictures lie beside `report.md`.
+    A report of this program is known by its title; the pictures beside a `report.md` are its own.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"report_dir={str(folder)!r}: {there} is no folder that can be written to")
-    ours = {name for name, title in (("report.md", TITLE), ("report.html", f"<title>{TITLE[2:]}"))
-            if (folder / name).is_file() and title.encode() in (folder / name).read_bytes()[:2000]}
-    pictures = {f"{name}.png" for name in SECTIONS if "report.md" not in ours}
-    for name in sorted({"report.md", "report.html", *pictures} - ours):
+    titles = {"report.md": TITLE, "report.html": f"<title>{TITLE[2:]}"}
+    foreign = {name for name, title in titles.items() if not has_title(folder / name, title)}
+    if "report.md" in foreign:
+        foreign |= {f"{name}.png" for name in SECTIONS}
+    for name in sorted(foreign):
         if (folder / name).exists():
             raise ValueError(f"report_dir={str(folder)!r} holds a {name} that this program did "
                              "not write; choose another folder")
+
+
+def has_title(path: Path, title: str) -> bool:
+    """Return whether a file has `title` near its beginning."""
+    return path.is_file() and title.encode() in path.read_bytes()[:2000]
 
 
 def write_report(
