@@ -205,6 +205,13 @@ def report(
     return path
 
 
+def treat_as_ctrl_c(*names: str) -> None:
+    """Let signals stop the runs as Ctrl-C does, unless they are ignored, as with nohup."""
+    for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 def main(config: ExperimentsConfig) -> None:
     check(config)
     config = resolve_dataset(config)
@@ -217,9 +224,7 @@ def main(config: ExperimentsConfig) -> None:
         print(list_jobs(chosen, by_question, estimate, config.jobs))
         return
     check_folder(Path(config.report_dir))  # now, not after hours
-    for name in ("SIGTERM", "SIGHUP"):  # like Ctrl-C: the runs save their state
-        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    treat_as_ctrl_c("SIGTERM", "SIGHUP")
     errors: dict[str, str] = {}
     try:
         for name, error in execute(chosen, config, estimate):

@@ -95,20 +95,24 @@ def score_cell(results: Sequence[Mapping[str, Any]], name: str, metric: Metric) 
 
 
 def examples(rows: Sequence[Row], task: Task, seed: int) -> list[str]:
-    """Return test questions, drawn with `seed`, each with the answers of the rows' models."""
+    """Return test questions, drawn with `seed`, each with the answers of the rows' models.
+
+    Leaves out rows whose models answered other questions than the first row's.
+    """
     if not rows:
         return []
-    first, found = predictions_of(rows[0]), [(row, predictions_of(row)) for row in rows]
-    questions = [row[task.text_field] for row in first]
-    rows, predictions = zip(*(pair for pair in found if questions == [
-        row[task.text_field] for row in pair[1]]), strict=True)  # of other test examples: not here
-    number = len(predictions[0])
+    found = [(row.label, predictions_of(row)) for row in rows]
+    first = found[0][1]
+    questions = [example[task.text_field] for example in first]
+    found = [(label, answers) for label, answers in found
+             if [example[task.text_field] for example in answers] == questions]
+    number = len(questions)
     drawn = sorted(random.Random(seed).sample(range(number), min(EXAMPLES, number)))
-    titles = ["question", "right answer", *(one_line(row.label) for row in rows)]
+    titles = ["question", "right answer", *(one_line(label) for label, _ in found)]
     lines = ["<table>", html_row("th", map(html.escape, titles))]
     for i in drawn:
-        texts = [predictions[0][i]["reference"], *(each[i]["generated"] for each in predictions)]
-        question = in_one_line(predictions[0][i][task.text_field], "<br>")
+        texts = [first[i]["reference"], *(answers[i]["generated"] for _, answers in found)]
+        question = in_one_line(questions[i], "<br>")
         lines.append(html_row("td", [question, *map(preformatted, map(task.display, texts))]))
     about = (f"{len(drawn)} of the {number} test examples, drawn with seed {seed}, and the first "
              "seed's answers, verbatim:")
