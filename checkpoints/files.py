@@ -1,4 +1,4 @@
-"""JSON and safetensors files, written atomically."""
+"""JSON and safetensors files, written atomically; the paths and names of files."""
 
 import hashlib
 import importlib.metadata
@@ -139,7 +139,7 @@ def local_path(where: str, text: str) -> str:
 
 
 def anchored(name: str, names: Collection[str] = ()) -> str:
-    """Return the absolute path of a file or folder; one of `names`, or of the hub's, unchanged."""
+    """Return the absolute path of a file or folder; a name, of `names` or of the hub, unchanged."""
     return os.path.abspath(name) if name not in names and os.path.exists(name) else name
 
 

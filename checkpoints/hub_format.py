@@ -52,7 +52,6 @@ def read_hub_shape(name_or_dir: str | Path) -> dict[str, Any]:
     """Return the fields of `model.GPTConfig` that a GPT-2 checkpoint's `config.json` fixes.
 
     A Path is a local folder; a str may also name `gpt2-mini` or a checkpoint of the hub.
-
     Raises ValueError for another architecture, OSError if the file is missing or unreachable.
     """
     hub = read_json(find_file(name_or_dir, CONFIG))
@@ -61,10 +60,12 @@ def read_hub_shape(name_or_dir: str | Path) -> dict[str, Any]:
             raise ValueError(
                 f"{name_or_dir}: {field}={hub[field]!r:.80}, but GPT-2 has {allowed!r}")
     for field in HUB_FIELDS:
-        value, needed = hub.get(field), f"a whole number from 1 to {LARGEST:,}"
-        fits = type(value) is int and 1 <= value <= LARGEST
+        value = hub.get(field)
         if field == "layer_norm_epsilon":
             fits, needed = type(value) is float and 0 < value < 1, "a number between 0 and 1"
+        else:
+            fits = type(value) is int and 1 <= value <= LARGEST
+            needed = f"a whole number from 1 to {LARGEST:,}"
         if not fits:
             raise ValueError(
                 f"{name_or_dir}: {CONFIG} needs {needed} as {field}, not {value!r:.80}")
@@ -205,13 +206,13 @@ def _download(name: str, file: str) -> Path:
 
 
 def _has_pickle(name_or_dir: str | Path) -> bool:
-    """Tell whether a checkpoint without safetensors files has the older format's."""
+    """Return whether a checkpoint without safetensors files has pickled weights."""
     folder = _local_folder(name_or_dir)
     if folder is not None:
         return any(folder.glob(f"{PICKLE}*"))  # or the index of its shards
     try:
         return bool(get_hf_file_metadata(hf_hub_url(str(name_or_dir), PICKLE)))
-    except Exception:  # as in `_download`; the hub has told already why it gives no weights
+    except Exception:  # as in `_download`, whose error already says why there are no weights
         return False
 
 

