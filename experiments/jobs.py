@@ -74,15 +74,17 @@ class Job(NamedTuple):
         complete = (self.folder / FINISHED_FILE).is_file() or is_finished(self.folder)
         if not complete and not (self.folder / STATE_FILE).is_file():
             return TO_DO, ""
-        read = load_run if complete else load_started
-        saved, metrics, *_ = read(self.folder)
+        saved, metrics = load_started(self.folder)
         if other := other_settings(saved, metrics, self.settings):
             return OTHER, other
         if changed := changed_sources(saved.facts, self.settings):
             return AGAIN, changed
-        if complete and not is_finished(self.folder):
+        if not complete:
+            return INTERRUPTED, ""
+        load_run(self.folder)
+        if not is_finished(self.folder):
             return AGAIN, f"{self.folder / FINISHED_FILE} is not that of a complete run"
-        return (FINISHED if complete else INTERRUPTED), ""
+        return FINISHED, ""
 
     def kept_scores(self) -> tuple[str, str]:
         """Return the standing of a script that trains nothing. Raises as `load_run` does."""
@@ -94,13 +96,20 @@ class Job(NamedTuple):
         return (AGAIN, changed) if changed else (FINISHED, "")
 
     def scores(self) -> Scores:
-        """Return the scores that `generate.py` wrote. Raises as `load_run` does."""
+        """Return the scores that `generate.py` wrote, of today's data if there are several.
+
+        Raises as `load_run` does.
+        """
         task = make_task(str(self.settings.get("task", TrainConfig.task)))
-        *others, last = sorted(self.folder.glob(self.result))
-        for path in others:
-            with suppress(*UNREADABLE):
-                return load_scores(path, task)
-        return load_scores(last, task)
+        found, errors = [], []
+        for path in sorted(self.folder.glob(self.result)):
+            try:
+                found.append(load_scores(path, task))
+            except UNREADABLE as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        return min(found, key=lambda scores: bool(changed_sources(scores.results, self.settings)))
 
     @property
     def launched(self) -> "Job":

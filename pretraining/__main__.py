@@ -19,7 +19,7 @@ from checkpoints.files import anchored, local_path, write_json
 from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, run_script
 from model import GPT, GPTConfig
-from pretraining.corpus import Windows, documents, read_reviews, tokenize
+from pretraining.corpus import SPLITS, Windows, documents, read_reviews, tokenize
 from pretraining.sampled_softmax import Vocabulary, evaluate, predict, token_losses
 from runtime.device import (
     DeviceConfig,
@@ -42,7 +42,7 @@ from runtime.run_folder import (
     reopen,
     start_folder,
 )
-from tasks.sources import NAMES
+from tasks.sources import NAMES, data_digest
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 
@@ -88,8 +88,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.iteration, self.seconds = 0, 0.0
         self.lock = lock_folder(self.folder)
-        if resume:
-            self.load_state()
+        self.data_sha256 = data_digest(config.data, SPLITS)
         text, held_out = read_reviews(config.data)
         self.rows = Windows(
             tokenize(documents(text, config.passes, config.seed)), config.block_size, config.seed)
@@ -97,7 +96,9 @@ class Run:
             tokenize(documents(held_out, 1, config.seed)), config.block_size, config.seed)
         self.vocabulary = Vocabulary(
             self.rows.tokens, self.model.config.vocab_size, config.negatives)
-        if not resume:
+        if resume:
+            self.load_state()
+        else:
             self.start_folder()
         self.metrics = MetricsLog(self.folder)
 
@@ -146,7 +147,7 @@ class Run:
     def save_state(self) -> None:
         """Write all that the next step depends on; data and seeds follow from the iteration."""
         self.state.save(self.folder, asdict(self.config), iteration=self.iteration,
-                        seconds=self.seconds)
+                        seconds=self.seconds, data_sha256=self.data_sha256)
 
     def load_state(self) -> None:
         """Continue from the saved state.
@@ -160,6 +161,8 @@ class Run:
         changed = changed_settings(state["settings"], self.config, ("init_from", "eval_iters"))
         if changed:
             raise ValueError(f"a resumed run keeps its settings, but {changed}")
+        if state.get("data_sha256", self.data_sha256) != self.data_sha256:
+            raise ValueError(f"data={self.config.data!r} changed since the run began")
         self.state.restore(state, self.folder)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         reopen(self.folder, self.iteration + 1, evaluated=False)

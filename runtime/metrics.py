@@ -22,6 +22,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path | None, tracker: Tracker | None = None) -> None:
         self.folder, self.tracker, self.plotted = folder, tracker or Tracker(), False
+        if folder is not None:
+            end_last_line(folder / METRICS_FILE)
 
     def log(self, iteration: int, **values: float) -> None:
         if self.folder is None:
@@ -44,13 +46,20 @@ class MetricsLog:
             print(error, file=sys.stderr)
 
 
+def end_last_line(path: Path) -> None:
+    """End a line that a crash cut short, so that the next one does not continue it."""
+    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(path, "a") as file:
+            file.write("\n")
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of `metrics.jsonl`, without one that a crash cut short.
 
     Raises ValueError, naming the line, if it holds anything else.
     """
     path, metrics = folder / METRICS_FILE, []
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line) if line.endswith("}") else None

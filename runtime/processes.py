@@ -41,9 +41,9 @@ def _in_a_job() -> bool:
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     missing = [name for name in VARIABLES if not os.environ.get(name)]
-    words = [name for name in VARIABLES[:3] if not os.environ.get(name, "0").isdecimal()]
-    if missing or words:
-        fault = f"lacks {', '.join(missing)}" if missing else f"{words[0]} is no number"
+    not_numbers = [name for name in VARIABLES[:3] if not os.environ.get(name, "0").isdecimal()]
+    if missing or not_numbers:
+        fault = f"lacks {', '.join(missing)}" if missing else f"{not_numbers[0]} is no number"
         raise ValueError(
             f"the environment has {' and '.join(sorted(os.environ.keys() & VARIABLES))}, but "
             f"{fault}; start several processes with torchrun, or unset these variables")
@@ -92,6 +92,14 @@ def start_processes(device_name: str, backend: str = "auto") -> torch.device:
 def end_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def leave_job_at_the_end() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        end_processes()
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 and `finished.json` says that the run is complete.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from checkpoints.files import local_path, read_json, remove_leftovers, write_json
+from checkpoints.files import local_path, read_json, write_json
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT, configure
 from runtime.device import device_name, resolve_dtype
@@ -29,10 +30,14 @@ from runtime.metrics import (
 )
 
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
+# The names that `atomic_write` gives, for a moment, to the files that runs write.
+LEFTOVER = (r"\.(config|metrics|finished|trainer_state|loss|model|adapter_config|adapter_model"
+            r"|results.*|predictions.*)\.\d+\.(json|jsonl|pt|png|safetensors)")
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
@@ -139,8 +144,8 @@ def has_state(config: FolderConfig) -> bool:
     held = [name for name in CHECKPOINTS if (folder / name).exists()]
     if held and not (folder / STATE_FILE).is_file():
         raise ValueError(
-            f"out_dir={config.out_dir!r} cannot be resumed: {STATE_FILE} is gone; generate.py "
-            f"scores its {' and '.join(held)}, and train.py with overwrite=True starts again")
+            f"out_dir={config.out_dir!r} cannot be resumed: it has {' and '.join(held)}, but no "
+            f"{STATE_FILE}; its first command, repeated, starts again")
     return (folder / STATE_FILE).is_file()
 
 
@@ -172,11 +177,10 @@ def refuse_foreign_folder(config: NewFolderConfig) -> None:
     It may also hold whole runs and what our other scripts put beside them. Hidden files are not
     looked at. The model that the run starts from must be elsewhere.
     """
-    folder = Path(config.out_dir)
-    base = Path(getattr(config, "init_from", "") or folder.parent)
+    folder, base = Path(config.out_dir), Path(getattr(config, "init_from", "scratch"))
     if base.exists() and base.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"init_from={str(base)!r} is in out_dir={str(folder)!r}, where the run "
-                         "would overwrite it; choose another out_dir")
+        raise ValueError(f"init_from={str(base)!r} is in out_dir={str(folder)!r}; choose another "
+                         "out_dir")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={str(folder)!r} is a file")
     if (settings := _settings_of(folder)) is not None:
@@ -204,9 +208,9 @@ def _visible(folder: Path) -> list[Path]:
 
 def _is_beside_runs(path: Path) -> bool:
     """Return whether a file or folder may stand where runs do: a log, scores, a report, runs."""
-    if not path.is_dir():
+    if not path.is_dir() or path.name in CHECKPOINTS:
         return path.name == "log.txt"
-    if path.name.startswith("zero_shot-") or (path / "report.md").is_file():
+    if path.name.startswith("zero_shot-") or any((path / mark).is_file() for mark in MARKS):
         return True
     return any(_settings_of(folder) is not None for folder in (path, *_visible(path)))
 
@@ -220,13 +224,20 @@ def lock_folder(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
-        for place in (folder, *(folder / name for name in CHECKPOINTS)):
-            remove_leftovers(place)
+        remove_leftovers(folder)
     except Timeout:
         raise ValueError(f"out_dir={str(folder)!r} is in use by another run") from None
     except NotImplementedError:  # as on some network drives
         print(f"{folder} cannot be locked here: let no other run write to it", file=sys.stderr)
     return lock
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left of a run and of its checkpoints."""
+    places = [folder, *(folder / name for name in (*CHECKPOINTS, "model"))]
+    for path in [path for place in places for path in place.glob(".*")]:
+        if re.fullmatch(LEFTOVER, path.name):
+            path.unlink()
 
 
 def start_folder(config: FolderConfig, **facts: Any) -> None:

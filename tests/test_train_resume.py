@@ -93,7 +93,7 @@ def test_finished_run_without_its_state_keeps_its_checkpoints(
     train(replace(config, max_iters=1))
     Path(config.out_dir, "trainer_state.pt").unlink()
     assert resume(config, monkeypatch, "max_iters=2") == 2
-    assert "cannot be resumed: trainer_state.pt is gone" in capsys.readouterr().err
+    assert "it has best and last, but no trainer_state.pt" in capsys.readouterr().err
     assert is_finished(Path(config.out_dir))
 
 

@@ -222,7 +222,7 @@ DAMAGES = [
     ("best/predictions.jsonl", '{"text": "t", "generated": "", "truth": 1, "label": 1}',
      "predictions.jsonl holds 1 predictions, not 2"),
     ("metrics.jsonl", '{"iteration": 3, "validation_loss": NaN}', "validation_loss must be a"),
-    ("metrics.jsonl", '{"validation_loss": 1.0}', "iteration must be a finite number, not None"),
+    ("metrics.jsonl", '{"validation_loss": 1.0}', "a line must name its iteration"),
     ("metrics.jsonl", '{"iteration": 0, "reviews_per_second": 0}', "must be positive"),
     ("metrics.jsonl", '{"iteration": 0, "train_loss": 1.0}', "no validation loss after step 0"),
 ]

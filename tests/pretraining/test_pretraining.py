@@ -1,6 +1,8 @@
 """Pretraining lowers the loss, resumes exactly, and saves a checkpoint that transformers loads."""
 
+import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -173,3 +175,18 @@ def test_shipped_model_has_the_shape_of_its_recipe() -> None:
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         assert getattr(config, name) == getattr(recipe, name)
     assert (ROOT / "assets" / "gpt2-mini" / "model.safetensors").stat().st_size <= 35e6
+
+
+def test_data_that_changed_is_refused_and_the_run_kept(
+    config: PretrainConfig, imdb: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(imdb, data)
+    config = replace(config, data=str(data), max_iters=2)
+    main(config)
+    before = metrics(config)
+    with open(data / "unsupervised.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"text": "one more", "label": -1}))
+    with pytest.raises(ValueError, match="data='.*' changed since the run began"):
+        main(replace(config, init_from="resume"))
+    assert metrics(config) == before

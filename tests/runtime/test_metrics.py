@@ -27,6 +27,12 @@ def test_metrics_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == lines.splitlines()[0] + "\n"
 
 
+def test_log_does_not_continue_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 0}\n{"iteration": 1, "na\xc3')
+    metrics.MetricsLog(tmp_path).log(2, loss=1.0)
+    assert metrics.read_metrics(tmp_path) == [{"iteration": 0}, {"iteration": 2, "loss": 1.0}]
+
+
 def test_metrics_after_a_saved_state_are_forgotten(tmp_path: Path) -> None:
     lines = [
         {"iteration": 0, "validation_loss": 2.0}, {"iteration": 0, "train_loss": 2.0},

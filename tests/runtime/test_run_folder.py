@@ -134,7 +134,8 @@ def test_folder_of_other_files_is_refused(tmp_path: Path, name: str, overwrite: 
 
 
 def test_folder_of_runs_may_hold_a_run_itself(tmp_path: Path, finished: Path) -> None:
-    for name in ("zero_shot-gpt2/results.json", "log.txt", ".gitkeep", "report/report.md"):
+    for name in ("zero_shot-gpt2/results.json", "log.txt", ".gitkeep", "report/report.md",
+                 "merged/tokenizer_config.json", "bench/bench.json", "analysis/lengths.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     finished.rename(tmp_path / "run")
@@ -142,6 +143,12 @@ def test_folder_of_runs_may_hold_a_run_itself(tmp_path: Path, finished: Path) ->
     (tmp_path / "experiments").mkdir()
     (tmp_path / "run").rename(tmp_path / "experiments" / "run")
     run_folder.refuse_loss(Settings(out_dir=str(tmp_path)))
+
+
+def test_run_in_the_place_of_a_checkpoint_is_refused(tmp_path: Path, finished: Path) -> None:
+    finished.rename(tmp_path / "best")
+    with pytest.raises(ValueError, match=r"holds files that no run wrote \(best\)"):
+        run_folder.refuse_loss(Settings(out_dir=str(tmp_path), overwrite=True))
 
 
 def test_run_of_another_script_is_refused(finished: Path) -> None:
@@ -153,7 +160,7 @@ def test_run_of_another_script_is_refused(finished: Path) -> None:
 def test_base_model_in_the_runs_folder_is_refused(finished: Path, name: str) -> None:
     (finished / name).mkdir(exist_ok=True)
     config = Longer(out_dir=str(finished), overwrite=True, init_from=str(finished / name))
-    with pytest.raises(ValueError, match=r"init_from='.*' is in out_dir='.*', where the run would"):
+    with pytest.raises(ValueError, match=r"init_from='.*' is in out_dir='.*'; choose another"):
         run_folder.refuse_loss(config)
 
 
@@ -183,7 +190,7 @@ def test_run_without_a_state_starts_again_unless_it_has_checkpoints(finished: Pa
     config = Settings(out_dir=str(finished))
     assert run_folder.has_state(config)
     (finished / "trainer_state.pt").unlink()
-    with pytest.raises(ValueError, match=r"cannot be resumed: trainer_state.pt is gone; generate"):
+    with pytest.raises(ValueError, match="it has best and last, but no trainer_state.pt; its"):
         run_folder.has_state(config)
     for name in ("best", "last"):
         shutil.rmtree(finished / name)
