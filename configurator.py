@@ -73,7 +73,7 @@ def _assignments(argument: str) -> Iterator[tuple[str, str, str]]:
     elif path := next(filter(Path.is_file, (Path(argument), ROOT / argument)), None):
         yield from _read_file(str(path))
     else:
-        known = [str(Path(argument).with_name(path.name)) for folder in (Path(), ROOT)
+        known = [str(Path(argument).parent / path.name) for folder in (Path(), ROOT)
                  for path in (folder / argument).parent.glob("*.py")]
         hint = _suggest(argument, known)
         raise ValueError(f"config file {argument!r} not found{hint}; settings are key=value")

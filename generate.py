@@ -24,9 +24,10 @@ from checkpoints.files import (
     local_path,
     read_json,
     slug,
+    writable_folder,
     write_json,
 )
-from checkpoints.hub_format import weights_digest
+from checkpoints.hub_format import checkpoint_digest
 from configurator import Bounds, run_script
 from dataloader import (
     CustomDataLoader,
@@ -57,15 +58,9 @@ from runtime.processes import (
     start_processes,
 )
 from runtime.run_folder import FolderConfig, read_run, run_dtype
-from tasks.base import line_ends
+from tasks.base import filled, line_ends
 from tasks.scores import Completion
 from tasks.sources import Record
-
-
-def filled(where: str, text: str) -> str:
-    if not text.strip():
-        raise ValueError(f"{where} holds no words to answer")
-    return text
 
 
 @dataclass(frozen=True)
@@ -119,6 +114,8 @@ class Subject(NamedTuple):
     folder: Path
     dtype: torch.dtype
     own_dtype: str  # of its run; an untrained model has that of `dtype`
+    own_data: str  # digest of its run's data, if it noted one
+    base: Mapping[str, str]  # digest of an untrained model
 
 
 class ModelSampler:
@@ -235,17 +232,18 @@ def predict_labels(dataset: Sequence[Record], sampler: ModelSampler) -> list[int
 
 
 def score(
-    sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = ""
+    sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = "",
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `records`, which all processes share.
 
     With a `folder`, write each prediction to `predictions{suffix}.jsonl` in it, then the scores
-    to `results{suffix}.json`.
+    with further `facts` to `results{suffix}.json`.
     """
     task = sampler.loader.task
     share = sampler.predict(own_share(records), "scoring" if folder else "", task.likelihood)
     predictions = gather_shares(share)
-    results = task.summarize(records, predictions) | sampler.describe()
+    results = task.summarize(records, predictions) | sampler.describe() | (facts or {})
     if folder is None or rank() > 0:
         return results
     with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
@@ -292,21 +290,24 @@ def results_suffix(question: Question, own: Question, task: str) -> str:
         f"block{question.block_size}": question.block_size != own.block_size,
         f"limit{question.limit}": question.limit != own.limit,
         f"tokens{question.max_new_tokens}": question.max_new_tokens != own.max_new_tokens,
-        f"temperature{question.temperature:g}_top{question.top_k}_seed{question.sampling_seed}":
-            sampled,
+        f"temperature{str(question.temperature).removesuffix('.0')}_top{question.top_k}"
+        f"_seed{question.sampling_seed}": sampled,
         question.dtype: question.dtype != own.dtype,
     }
     return "".join(f"-{part}" for part, different in differs.items() if different)
 
 
-def spare_results(folder: Path, suffix: str, described: Mapping[str, Any]) -> str:
-    """Return a longer suffix if results of another precision or of other data have this one."""
-    there: dict[str, Any] = {}
+def spare_results(folder: Path, suffix: str, asked: Mapping[str, Any], own_data: str) -> str:
+    """Return a longer suffix if results of another precision, data or base model have this one.
+
+    `own_data` is the digest of the run's data if they are asked, else "".
+    """
+    there = {"data_sha256": own_data or asked["data_sha256"]}
     with suppress(OSError, ValueError):  # no results, or damaged ones
-        there = read_json(folder / f"results{suffix}.json")
-    parts = {"dtype": described["dtype"], "data_sha256": f"data_{described['data_sha256'][:8]}"}
-    return suffix + "".join(f"-{part}" for name, part in parts.items()
-                            if there.get(name, described[name]) != described[name])
+        there |= read_json(folder / f"results{suffix}.json")
+    parts = {"dtype": "", "data_sha256": "data_", "base_sha256": "base_"}
+    return suffix + "".join(f"-{part}{asked[name]:.8}" for name, part in parts.items()
+                            if name in asked and there.get(name, asked[name]) != asked[name])
 
 
 def load_subject(config: GenerateConfig) -> Subject:
@@ -316,14 +317,16 @@ def load_subject(config: GenerateConfig) -> Subject:
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
         model = GPT.from_pretrained(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
-        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype))
+        base = {"base_sha256": checkpoint_digest(config.init_from)}
+        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype), "", base)
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run.config(ModelSettings)
     if settings.lora_rank and "base_sha256" in run.facts:
-        run.refuse_changed_inputs(base_sha256=weights_digest(settings.init_from))
+        run.refuse_changed_inputs(base_sha256=checkpoint_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
-    return Subject(model, settings, folder, dtype, run.dtype)
+    own_data = str(run.facts.get("data_sha256", ""))
+    return Subject(model, settings, folder, dtype, run.dtype, own_data, {})
 
 
 def answer(config: GenerateConfig) -> None:
@@ -351,8 +354,11 @@ def answer(config: GenerateConfig) -> None:
             print(*loader.task.tell(*sampler.predict(text)), sep="\n")
         return
     suffix = results_suffix(question, own, subject.settings.task)
-    suffix = spare_results(subject.folder, suffix, sampler.describe())
-    results = score(sampler, records, subject.folder, suffix)
+    same_data = anchored(question.dataset) == anchored(own.dataset)
+    own_data = subject.own_data if same_data else ""
+    facts = sampler.describe() | subject.base
+    suffix = spare_results(writable_folder(subject.folder), suffix, facts, own_data)
+    results = score(sampler, records, subject.folder, suffix, subject.base)
     if rank() == 0:
         print(f"{subject.folder}, {loader.dataset} {question.split}: "
               f"{loader.task.describe(results)}")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.files import anchored
-from checkpoints.hub_format import weights_digest
+from checkpoints.hub_format import checkpoint_digest
 from checkpoints.peft_format import save_adapter
 from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, configure, run_script
@@ -155,9 +155,10 @@ class Run:
         self.model = build_model(config.init_from, config, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # all ranks share their adapters, not their dropout
         self.loader = make_loader(config, self.model.config)
-        self.digests = {"base_sha256": weights_digest(config.init_from),
+        self.digests = {"base_sha256": checkpoint_digest(config.init_from),
                         "data_sha256": self.loader.data_sha256}
-        self.loader.records("test")  # a missing split is an error now, not after the training
+        # What is wrong with the test split is an error now, not after the training.
+        self.loader.batches(self.loader.spread("test", config.test_size), config.eval_batch_size)
         self.validation = self.loader.spread(
             "validation", config.eval_iters * config.eval_batch_size)
         self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
@@ -325,21 +326,19 @@ def score_checkpoint(run: Run, name: str) -> dict[str, Any]:
 
 
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
-    """Score the saved checkpoints on the test split and print a table.
-
-    With `baseline` the untrained model is a third. The processes of a job share the examples;
-    rank 0 writes.
-    """
-    scores, rows, task = {}, [], run.loader.task
-    untrained = {"base": {"iteration": 0}} if run.config.baseline else {}
-    checkpoints = of_rank_zero(run.checkpoints)  # once rank 0 has written them
-    for name, saved in (untrained | checkpoints).items():
+    """Score the checkpoints, and with `baseline` their base, on the test split; print a table."""
+    scores, rows, task, config = {}, [], run.loader.task, run.config
+    if config.lora_rank or config.baseline:
+        run_folder.read_run(config.out_dir).refuse_changed_inputs(  # it is loaded again
+            base_sha256=checkpoint_digest(config.init_from))
+    checkpoints = {"base": {"iteration": 0}} if config.baseline else {}
+    for name, saved in (checkpoints | of_rank_zero(run.checkpoints)).items():
         scores[name] = score_checkpoint(run, name)
         run.metrics.log(run.iteration,
                         **{f"test_{task.headline}_{name}": scores[name][task.headline]})
         loss = f"{saved['loss']:.4f}" if "loss" in saved else ""
-        about = {"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss}
-        rows.append(about | task.columns(scores[name]))
+        rows.append({"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss,
+                     **task.columns(scores[name])})
     if rank() == 0:
         run_folder.mark_finished(run.metrics, run.iteration)
         print("", table(rows), sep="\n")
@@ -349,9 +348,8 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
 def print_start(run: Run) -> None:
     count, loader = count_parameters(run.model), run.loader
     print(f"{run.config.init_from} on {run.device}, {run.dtype}: training {count.trained:,} of "
-          f"{count.total:,} parameters ({count.share:.2%}) on "
-          f"{len(loader.records('train')):,} {loader.task.noun}",
-          *loader.notes(), sep="\n")
+          f"{count.total:,} parameters ({count.share:.2%}) on {len(loader.records('train')):,} "
+          f"{loader.task.noun}", *loader.notes(), sep="\n")
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]]:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from bench.flops import matrix_peak, useful_flops
 from bench.worker import SHAPES, Contender, Measure, Worker, random_checkpoint, spread
-from checkpoints.files import atomic_write, local_path, write_json
+from checkpoints.files import atomic_write, local_path, read_json, writable_folder, write_json
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, SentimentTask
+from model import MAX_RANK
 from models.tokenizer import get_tokenizer
 from runtime.device import (
     DTYPES,
@@ -53,11 +54,11 @@ class BenchConfig(DeviceConfig):
 
     model: Annotated[Size, "shape of the random weights"] = "gpt2"
     what: Annotated[str, "parts to measure: train, score, growth"] = "train,score,growth"
-    lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1)] = 128
+    lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1, MAX_RANK)] = 128
     batch_size: Annotated[int, "reviews in one of our forward passes", Bounds(1)] = 16
     rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
-    seed: Annotated[int, "seed of the weights and the choice of reviews", Bounds(0)] = 1337
+    seed: Annotated[int, "seed of the weights and the reviews", Bounds(0, 2**63 - 1)] = 1337
     out_dir: Annotated[str, "folder for bench.json, .md and .png", local_path] = "out/bench"
 
 
@@ -263,6 +264,15 @@ def plot(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if `folder` holds files of others that a report would overwrite."""
+    files = [folder / f"bench.{suffix}" for suffix in ("json", "md", "png")]
+    ours = files[0].is_file() and "machine" in read_json(files[0])
+    if not ours and (foreign := [path.name for path in files if path.exists()]):
+        raise ValueError(f"out_dir={str(folder)!r} holds a {foreign[0]} that this program did not "
+                         "write; choose another folder")
+
+
 def write(report: dict[str, Any], out_dir: Path) -> None:
     write_json(out_dir / "bench.json", report)
     with atomic_write(out_dir / "bench.md") as path:
@@ -279,6 +289,7 @@ def main(config: BenchConfig) -> None:
     verbs = [verb for verb in ("train", "score") if verb in parts]
     if verbs:  # growth measures only ours
         require_rivals()
+    check_folder(writable_folder(Path(config.out_dir)))
     report: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]), "settings": asdict(config),
         "machine": describe(resolve_device(config.device)) | {"commit": str(git_commit())},

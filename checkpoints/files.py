@@ -123,9 +123,18 @@ def local_path(where: str, text: str) -> str:
 
     Raises ValueError, naming the place `where` it was set, if there is none.
     """
-    if not text.strip() or "\0" in text:
+    if not text.strip() or re.search("[\0\ud800-\udfff]", text):  # the latter are no UTF-8
         raise ValueError(f"{where} must be a name or a path")
     return os.path.expanduser(text)
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make `folder` if it is missing. Raises OSError if nothing can be written to it."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise OSError(f"{folder} is not a writable folder")
+    return folder
 
 
 def anchored(name: str, names: Collection[str] = ()) -> str:

@@ -98,18 +98,19 @@ def read_hub_layout(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, 
     return shape, weights
 
 
-def weights_digest(name_or_dir: str | Path) -> str:
-    """Return the SHA-256 of a checkpoint's weight files, one after the other, in hexadecimal.
+def checkpoint_digest(name_or_dir: str | Path) -> str:
+    """Return the SHA-256 of a checkpoint's shape and of its weight files, in hexadecimal.
 
     Raises as `find_weights` does. Files that have not changed are read once per process.
     """
     stats = [(path, path.stat()) for path in find_weights(name_or_dir)]
-    return _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    return _digest(str(read_hub_shape(name_or_dir)), tuple(
+        (path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
 
 @cache
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256()
+def _digest(shape: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256(shape.encode())
     for path, *_ in files:
         with open(path, "rb") as file:
             while block := file.read(2**20):
@@ -176,7 +177,9 @@ def _local_folder(name_or_dir: str | Path) -> Path | None:
         validate_repo_id(name_or_dir)
     except HFValidationError:  # a Path, "./folder", "a/b/c"
         return Path(name_or_dir)
-    return Path(name_or_dir) if Path(name_or_dir).exists() else None
+    path = Path(name_or_dir)
+    # "out/run" is meant to be local if there is a folder "out", which is no organisation's name.
+    return path if path.exists() or ("/" in str(name_or_dir) and path.parent.is_dir()) else None
 
 
 def _find_on_hub(name: str, files: tuple[str, ...]) -> Path:
@@ -199,7 +202,7 @@ def _download(name: str, file: str) -> Path:
         return Path(hf_hub_download(name, file))
     except Exception as error:  # the hub's client does not wrap its HTTP library's errors
         kind = FileNotFoundError if isinstance(error, EntryNotFoundError) else OSError
-        reason = " ".join(str(error).split())
+        reason = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # no password
         raise kind(
             f"{name!r} is no folder here and the hub did not give its {file}: {reason}"
         ) from None
@@ -226,4 +229,4 @@ def _check_layers(name: str, n_layer: int, files: list[Path]) -> None:
 
 
 def _transposed(name: str, tensor: Tensor) -> Tensor:
-    return tensor.t() if name.endswith(CONV1D) else tensor
+    return tensor.t() if name.endswith(CONV1D) and tensor.ndim == 2 else tensor

@@ -11,12 +11,14 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from checkpoints.files import atomic_write, local_path
+from checkpoints.files import atomic_write, local_path, writable_folder
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, TaskConfig, make_task, resolve_dataset
 from experiments.figures import length_histograms
 from tasks.scores import table
 from tasks.sources import SPLITS
+
+MARK = "experiments.dataset_analysis"  # in the metadata of its picture
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def spread(values: Sequence[int]) -> str:
 
 
 def main(config: AnalysisConfig) -> None:
-    if not config.out_dir:
-        raise ValueError("out_dir must name a folder")
+    picture = writable_folder(Path(config.out_dir)) / "lengths.png"
+    if picture.exists() and MARK.encode() not in picture.read_bytes():
+        raise ValueError(f"{picture} is no picture of this command; choose another out_dir")
     task, dataset = make_task(config.task, config.prompt), resolve_dataset(config).dataset
     loader = CustomDataLoader(dataset, task, config.block_size)
     lengths = {split: measure(loader, split) for split in SPLITS}
@@ -75,9 +78,10 @@ def main(config: AnalysisConfig) -> None:
         facts = task.facts(loader.records(split))
         print(f"{split}: " + "; ".join(f"{name} {value}" for name, value in facts.items()))
     pooled = [[length for found in lengths.values() for length in found[kind]] for kind in (0, 1)]
-    with atomic_write(Path(config.out_dir, "lengths.png")) as path:
-        length_histograms(*pooled, config.block_size).savefig(path, dpi=150, format="png")
-    print(f"written: {Path(config.out_dir, 'lengths.png')}")
+    with atomic_write(picture) as path:
+        length_histograms(*pooled, config.block_size).savefig(
+            path, dpi=150, format="png", metadata={"Description": MARK})
+    print(f"written: {picture}")
 
 
 if __name__ == "__main__":

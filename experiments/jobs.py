@@ -261,6 +261,7 @@ def share_of_machine(slot: int, at_once: int) -> dict[str, str]:
     threads = str(max(1, torch.get_num_threads() // at_once))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = [gpu for gpu in gpus if gpu.strip()]  # as in "0,1,"
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
              "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     return share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})

@@ -41,9 +41,14 @@ def _in_a_job() -> bool:
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     missing = [name for name in VARIABLES if not os.environ.get(name)]
-    not_numbers = [name for name in VARIABLES[:3] if not os.environ.get(name, "0").isdecimal()]
-    if missing or not_numbers:
-        fault = f"lacks {', '.join(missing)}" if missing else f"{not_numbers[0]} is no number"
+    not_numbers = [name for name in VARIABLES if name != "MASTER_ADDR"
+                   and not os.environ.get(name, "0").isdecimal()]
+    fault = f"lacks {', '.join(missing)}" if missing else ""
+    if not_numbers:
+        fault = fault or f"{not_numbers[0]} is no number"
+    elif not fault and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        fault = f"RANK={os.environ['RANK']} is not below WORLD_SIZE={os.environ['WORLD_SIZE']}"
+    if fault:
         raise ValueError(
             f"the environment has {' and '.join(sorted(os.environ.keys() & VARIABLES))}, but "
             f"{fault}; start several processes with torchrun, or unset these variables")

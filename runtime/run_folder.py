@@ -32,7 +32,6 @@ from runtime.metrics import (
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
-SCORE_FILES = ("results.json", "results-*.json", "predictions.jsonl", "predictions-*.jsonl")
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
 # The names that `atomic_write` gives, for a moment, to the files that runs write.
@@ -246,7 +245,8 @@ def start_folder(config: FolderConfig, **facts: Any) -> None:
     # The state goes first: without it, nobody can resume from a folder that is half removed.
     for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, PLOT_FILE):
         (folder / name).unlink(missing_ok=True)
-    for name in CHECKPOINTS:
+    forget_checkpoint(folder / "base", weights=())
+    for name in ("best", "last"):
         forget_checkpoint(folder / name)
     _write_run(config, facts | {"commit": git_commit()})
 
@@ -270,19 +270,20 @@ def _write_run(config: FolderConfig, facts: Mapping[str, Any]) -> None:
 
 def forget_results(folder: Path) -> None:
     """Remove the scores and predictions of a checkpoint that is about to be replaced."""
-    _remove(folder, SCORE_FILES)
+    for path in [folder / "results.json", *folder.glob("results-*.json")]:
+        predictions = folder / f"predictions{path.stem.removeprefix('results')}.jsonl"
+        if path.name == "results.json" or predictions.is_file():  # else it is no pair of ours
+            path.unlink(missing_ok=True)
+            predictions.unlink(missing_ok=True)
 
 
-def forget_checkpoint(folder: Path) -> None:
+def forget_checkpoint(folder: Path, weights: Sequence[str] = WEIGHT_FILES) -> None:
     """Remove a checkpoint with its scores; files that no run wrote stay."""
-    _remove(folder, (*SCORE_FILES, *WEIGHT_FILES))
+    forget_results(folder)
+    for name in weights:
+        (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # it does not exist, or holds other files
         folder.rmdir()
-
-
-def _remove(folder: Path, patterns: Sequence[str]) -> None:
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        path.unlink()
 
 
 def git_commit() -> str | None:

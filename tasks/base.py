@@ -31,8 +31,20 @@ def prompt_template(prompt: str, prompts: Mapping[str, str]) -> str:
     )
 
 
-def line_ends(_: str, text: str) -> str:
-    r"""Return a prompt of the command line or a config file, with `\n` as a line end."""
+def filled(where: str, text: str) -> str:
+    """Return a text of the command line; raises ValueError if it holds no word."""
+    if not text.strip():
+        raise ValueError(f"{where} holds no words to answer")
+    return text
+
+
+def line_ends(where: str, text: str) -> str:
+    r"""Return a prompt of the command line or a config file, with `\n` as a line end.
+
+    Raises ValueError, naming the place `where` it was set, for bytes that are not UTF-8.
+    """
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{where} must be UTF-8")
     return text.replace("\\n", "\n")
 
 

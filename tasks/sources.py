@@ -60,7 +60,7 @@ def has_splits(dataset: str) -> bool:
 def _split_file(dataset: str, split: str) -> Path | None:
     """Return the file of a split in a folder, if any; raises ValueError if there are two."""
     paths = [Path(dataset, split + suffix) for suffix in READERS]
-    paths = [path for path in paths if path.exists()]
+    paths = [_regular(path) for path in paths if path.exists()]
     if len(paths) > 1:
         raise ValueError(f"{dataset} has the {split} split twice ({paths[0].name}, "
                          f"{paths[1].name}); remove one")
@@ -84,7 +84,14 @@ def _files(dataset: str) -> list[Path]:
     """Return the data files that `dataset` names, or that are in the folder it names."""
     path = BUNDLED.get(dataset, Path(dataset))
     files = [path] if path.is_file() else sorted(path.glob("*.*")) if dataset else []
-    return [file for file in files if file.suffix in READERS]
+    return [_regular(file) for file in files if file.suffix in READERS]
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a file; raises ValueError for a folder, a pipe or a device."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file")
+    return path
 
 
 def data_digest(dataset: str, splits: Sequence[str] = SPLITS) -> str:
@@ -111,8 +118,6 @@ def show_row(row: Any) -> str:
 
 
 def _read_file(path: Path) -> list[Record]:
-    if path.is_dir():
-        raise ValueError(f"{path} must be a file, but is a folder")
     try:
         return READERS[path.suffix](path)
     except UnicodeDecodeError as error:
@@ -154,11 +159,18 @@ def _read_json(path: Path) -> list[Record]:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON. Raises ValueError for anything else, and for half of a surrogate pair."""
-    value = json.loads(text)
+    """Parse JSON. Raises ValueError for half of a surrogate pair, and for a field given twice."""
+    value = json.loads(text, object_pairs_hook=_unique)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a row gives a field twice: {', '.join(name for name, _ in pairs)}")
+    return fields
 
 
 def _read_csv(path: Path) -> list[Record]:

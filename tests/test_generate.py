@@ -130,15 +130,41 @@ def test_name_of_a_long_prompt_fits_a_file_system() -> None:
         assert 10 < len(f".predictions{name}.1234567.jsonl".encode()) <= 255
 
 
-def test_results_of_another_precision_or_of_other_data_stay(tmp_path: Path) -> None:
-    asked = {"dtype": "bfloat16", "data_sha256": "ab" * 32}
-    assert spare_results(tmp_path, "-train", asked) == "-train"
-    write_json(tmp_path / "results-train.json", {"dtype": "bfloat16"})  # of an older version
-    assert spare_results(tmp_path, "-train", asked) == "-train"
-    write_json(tmp_path / "results-train.json", {"dtype": "float32", "data_sha256": "ab" * 32})
-    assert spare_results(tmp_path, "-train", asked) == "-train-bfloat16"
-    write_json(tmp_path / "results-train.json", {"dtype": "bfloat16", "data_sha256": "cd" * 32})
-    assert spare_results(tmp_path, "-train", asked) == "-train-data_abababab"
+@pytest.mark.parametrize(("there", "own_data", "longer"), [
+    ({"dtype": "bfloat16"}, "", ""),  # of an older version
+    ({"dtype": "float32", "data_sha256": "ab" * 32}, "", "-bfloat16"),
+    ({"dtype": "bfloat16", "data_sha256": "cd" * 32}, "", "-data_abababab"),
+    ({"dtype": "bfloat16", "base_sha256": "cd" * 32}, "", "-base_12121212"),
+    (None, "ab" * 32, ""),
+    (None, "cd" * 32, "-data_abababab"),
+])
+def test_results_of_another_precision_data_or_model_stay(
+    there: dict[str, str] | None, own_data: str, longer: str, tmp_path: Path
+) -> None:
+    asked = {"dtype": "bfloat16", "data_sha256": "ab" * 32, "base_sha256": "12" * 32}
+    path = tmp_path / "results-train.json"
+    if there:
+        write_json(path, there)
+    assert spare_results(tmp_path, "-train", asked, own_data) == "-train" + longer
+    path.write_text("damaged")
+    assert spare_results(tmp_path, "-train", asked, "") == "-train"
+
+
+def test_base_models_that_differ_have_results_of_their_own(
+    checkpoint: str, reviews: str, tmp_path: Path
+) -> None:
+    settings = [f"init_from={tmp_path / 'base'}", f"dataset={reviews}", f"out_dir={tmp_path}"]
+    for seed in (1, 2, 2):
+        torch.manual_seed(seed)
+        shaken(GPT.from_pretrained(checkpoint)).save_pretrained(tmp_path / "base")
+        run(*settings, "limit=2")
+    assert len(list(tmp_path.glob("zero_shot-*/results-*.json"))) == 2
+
+
+def test_close_temperatures_have_names_of_their_own() -> None:
+    names = {suffix(f"temperature={t}") for t in ("0.7", "0.70000001", "1", "1.0", "1e-9")}
+    assert len(names) == 4
+    assert any("-temperature1_top0_" in name for name in names)
 
 
 def test_relative_and_absolute_path_of_the_runs_data_are_one(
@@ -233,7 +259,8 @@ def test_model_that_was_never_trained_is_scored_in_its_own_folder(
     results, printed = read_json(path), capsys.readouterr().out
     sampler = make_sampler(GPT.from_pretrained(checkpoint), reviews, "default")
     records = sampler.loader.records("validation")
-    assert json.loads(json.dumps(score(sampler, records))) == results
+    assert json.loads(json.dumps(score(sampler, records))) == {
+        key: value for key, value in results.items() if key != "base_sha256"}
     assert len(predictions.read_text().splitlines()) == results["n"] == 12
     assert f"accuracy {results['accuracy']:.4f}" in printed
     assert f"{results['garbage']} garbage" in printed

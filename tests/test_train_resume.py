@@ -134,6 +134,36 @@ def test_changed_inputs_are_refused(
     assert is_finished(Path(config.out_dir))
 
 
+def test_base_that_changes_in_training_is_no_base_of_the_scores(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(config.init_from, base)
+    config = replace(config, init_from=str(base), max_iters=1)
+    fit = script.fit
+
+    def spoil(run: script.Run) -> None:
+        fit(run)
+        path = base / "config.json"
+        path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 4'))
+
+    monkeypatch.setattr(script, "fit", spoil)
+    with pytest.raises(ValueError, match="the base model changed since the run began"):
+        train(config)
+    assert not is_finished(Path(config.out_dir))
+
+
+def test_test_split_that_cannot_be_asked_costs_no_training(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(config.dataset, tmp_path / "data")
+    with open(tmp_path / "data" / "test.jsonl", "a") as file:
+        file.write('\n{"text": "", "label": 0}')
+    with pytest.raises(ValueError, match="a prompt without words"):
+        train(replace(config, dataset=str(tmp_path / "data"), prompt="{text}"))
+    assert not Path(config.out_dir).exists()
+
+
 def test_paths_are_found_from_another_working_directory(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

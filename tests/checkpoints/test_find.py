@@ -19,9 +19,9 @@ from checkpoints.hub_format import (
     INDEX,
     PICKLE,
     WEIGHTS,
+    checkpoint_digest,
     read_hub_layout,
     read_hub_shape,
-    weights_digest,
 )
 from model import GPT
 
@@ -58,7 +58,7 @@ LOCAL = ["./best", "../best", "/no/best", "~/best", "out/run/best", "out\\best",
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", [*map(Path, ("best", "out/best", "gpt2", "gpt2-mini")), *LOCAL])
 @pytest.mark.parametrize(
-    "read", [GPT.from_pretrained, read_hub_layout, read_hub_shape, weights_digest])
+    "read", [GPT.from_pretrained, read_hub_layout, read_hub_shape, checkpoint_digest])
 def test_missing_local_folder_never_asks_the_hub(
     name: str | Path, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,35 +148,37 @@ def test_pickle_is_not_loaded_but_its_conversion_named(base: Path, file: str) ->
 # ---- the digest ----
 
 
-def test_digest_of_a_whole_file_is_its_sha256(base: Path) -> None:
-    expected = hashlib.sha256((base / WEIGHTS).read_bytes()).hexdigest()
-    assert weights_digest(base) == weights_digest(str(base)) == expected
-
-
-def test_digest_of_shards_is_that_of_all_bytes_in_order(sharded: Path) -> None:
-    content = b"".join(path.read_bytes() for path in sorted(sharded.glob("*.safetensors")))
-    assert weights_digest(sharded) == hashlib.sha256(content).hexdigest()
+@pytest.mark.parametrize("name", ["base", "sharded"])
+def test_digest_is_that_of_the_shape_and_of_all_bytes_in_order(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+    expected = hashlib.sha256(str(read_hub_shape(folder)).encode() + content).hexdigest()
+    assert checkpoint_digest(folder) == checkpoint_digest(str(folder)) == expected
 
 
 def test_digest_follows_the_weights(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, tensors = weights_digest(base), read_tensors(base / WEIGHTS)
+    first, tensors = checkpoint_digest(base), read_tensors(base / WEIGHTS)
     tensors["transformer.wpe.weight"][0, 0] += 1
     write_tensors(base / WEIGHTS, tensors)  # of the same size
     os.utime(base / WEIGHTS, ns=(0, 1))
-    second = weights_digest(base)
+    second = checkpoint_digest(base)
     assert second != first
     monkeypatch.setattr(hub_format.hashlib, "sha256", None)
-    assert weights_digest(base) == second  # without reading the file again
+    assert checkpoint_digest(base) == second  # without reading the file again
 
 
 def test_digest_of_the_packaged_model_needs_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weights_digest("gpt2-mini") == weights_digest(ROOT / "assets" / "gpt2-mini")
+    assert checkpoint_digest("gpt2-mini") == checkpoint_digest(ROOT / "assets" / "gpt2-mini")
 
 
-def test_digest_does_not_depend_on_the_config(base: Path) -> None:
-    first = weights_digest(base)
-    write_json(base / CONFIG, {})
-    assert weights_digest(base) == first
+def test_digest_follows_what_the_config_fixes_alone(base: Path) -> None:
+    first, config = checkpoint_digest(base), read_json(base / CONFIG)
+    write_json(base / CONFIG, config | {"transformers_version": "6"})
+    assert checkpoint_digest(base) == first
+    write_json(base / CONFIG, config | {"n_head": 1})
+    assert checkpoint_digest(base) != first

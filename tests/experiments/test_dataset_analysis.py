@@ -1,5 +1,6 @@
 """The analysis counts the examples, labels and cuts of a loader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_analysis_of_reviews_counts_labels(
     assert "train: negative 24; positive 24" in capsys.readouterr().out
 
 
-def test_analysis_needs_a_folder_for_its_figure(reviews: str) -> None:
-    with pytest.raises(ValueError, match="out_dir must name a folder"):
-        dataset_analysis.main(AnalysisConfig(dataset=reviews, out_dir=""))
+def test_analysis_replaces_its_own_picture_alone(reviews: str, tmp_path: Path) -> None:
+    config = AnalysisConfig(dataset=reviews, out_dir=str(tmp_path))
+    (tmp_path / "lengths.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"lengths\.png is no picture of this command"):
+        dataset_analysis.main(config)
+    assert (tmp_path / "lengths.png").read_bytes() == b"mine"
+    (tmp_path / "lengths.png").unlink()
+    for _ in range(2):
+        dataset_analysis.main(config)
+    with pytest.raises(OSError, match="is not a writable folder"):
+        dataset_analysis.main(replace(config, out_dir=str(tmp_path / "lengths.png")))

@@ -302,7 +302,7 @@ def test_run_whose_data_or_base_model_changed_is_to_do_again_from_scratch(
     each = make(tmp_path / "run", *arguments, dataset=str(tmp_path / "data"),
                 init_from=str(tmp_path / "base"))
     fact, function = {"data": ("data_sha256", "data_digest"),
-                      "base model": ("base_sha256", "weights_digest")}[source]
+                      "base model": ("base_sha256", "checkpoint_digest")}[source]
     about = read_json(each.folder / "config.json")
     for then, now, same in (("1", "1", True), ("1", "2", False), ("", "2", True), (None, "2", True),
                             ("1", "", True), ("1", OSError("unreachable"), True)):
@@ -327,7 +327,7 @@ def test_hub_is_not_asked_for_a_base_model(tmp_path: Path, monkeypatch: pytest.M
     each = make_run(tmp_path / "run", "10")  # of gpt2-medium
     about = read_json(each.folder / "config.json")
     write_json(each.folder / "config.json", about | {"base_sha256": "1"})
-    monkeypatch.setattr(finished_runs, "weights_digest", lambda name: pytest.fail(name))
+    monkeypatch.setattr(finished_runs, "checkpoint_digest", lambda name: pytest.fail(name))
     assert each.finished
 
 

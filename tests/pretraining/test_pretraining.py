@@ -187,6 +187,6 @@ def test_data_that_changed_is_refused_and_the_run_kept(
     before = metrics(config)
     with open(data / "unsupervised.jsonl", "a") as file:
         file.write("\n" + json.dumps({"text": "one more", "label": -1}))
-    with pytest.raises(ValueError, match="data='.*' changed since the run began"):
+    with pytest.raises(ValueError, match=r"data='.*' changed since the run began"):
         main(replace(config, init_from="resume"))
     assert metrics(config) == before

@@ -157,6 +157,12 @@ def test_processes_that_cannot_share_the_window_are_refused(
     ({"RANK": "0"}, "has RANK, but lacks WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"),
     ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
      "but RANK is no number; start several processes with torchrun"),
+    ({"RANK": "3", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     "but RANK=3 is not below WORLD_SIZE=1"),
+    ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     "but RANK=0 is not below WORLD_SIZE=0"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "a"},
+     "but MASTER_PORT is no number"),
 ])
 def test_half_described_job_is_refused(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch

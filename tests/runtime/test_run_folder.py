@@ -190,7 +190,7 @@ def test_run_without_a_state_starts_again_unless_it_has_checkpoints(finished: Pa
     config = Settings(out_dir=str(finished))
     assert run_folder.has_state(config)
     (finished / "trainer_state.pt").unlink()
-    with pytest.raises(ValueError, match="it has best and last, but no trainer_state.pt; its"):
+    with pytest.raises(ValueError, match=r"it has best and last, but no trainer_state\.pt; its"):
         run_folder.has_state(config)
     for name in ("best", "last"):
         shutil.rmtree(finished / name)
@@ -219,12 +219,13 @@ def test_file_of_something_else_is_no_run(tmp_path: Path, run: dict, message: st
 
 def test_start_folder_removes_only_what_a_run_writes(finished: Path) -> None:
     (finished / "base").mkdir()
-    for name in ("notes.txt", "loss.png", "last/results-train.json", "last/results_mine.json"):
+    for name in ("notes.txt", "loss.png", "last/results-train.json", "last/predictions-train.jsonl",
+                 "last/results-mine.json", "base/results.json", "base/model.safetensors"):
         (finished / name).write_text("old")
     run_folder.start_folder(Settings(out_dir=str(finished)), device="cpu")
     assert contents(finished).keys() == {
-        "config.json", "notes.txt", "best/notes.txt", "last/results_mine.json"}
-    assert not (finished / "base").exists()
+        "config.json", "notes.txt", "best/notes.txt", "last/results-mine.json",
+        "base/model.safetensors"}
     described = json.loads((finished / "config.json").read_text())
     assert described["device"] == "cpu"
     assert described.keys() == {"settings", "device", "commit"}

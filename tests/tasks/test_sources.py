@@ -161,9 +161,9 @@ def test_row_of_a_csv_may_have_several_lines_and_an_error_names_the_first(tmp_pa
 
 def test_folder_with_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(ValueError, match=r"train\.jsonl must be a file, but is a folder"):
+    with pytest.raises(ValueError, match=r"train\.jsonl must be a regular file"):
         read(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.jsonl must be a file, but is a folder"):
+    with pytest.raises(ValueError, match=r"train\.jsonl must be a regular file"):
         read_rows(str(tmp_path))
 
 
