@@ -175,7 +175,7 @@ class Run:
             run_folder.refuse_loss(config)  # again, now that this process holds the lock
             run_folder.start_folder(config, **self.facts)
         self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
-                        if rank() == 0 else MetricsLog(None))
+                        if rank() == 0 and not (saved and config.eval_only) else MetricsLog(None))
         if config.compile:
             for block in self.model.transformer.h:
                 block.compile(dynamic=True)
@@ -259,6 +259,8 @@ class Run:
         self.iteration, self.evaluated = state["iteration"], state["evaluated"]
         if rank() == 0:  # the only rank that writes
             self.checkpoints = state["checkpoints"]
+            if saved.dtype != dtype_name(self.dtype):
+                print(f"resumed in {dtype_name(self.dtype)}; the run began in {saved.dtype}")
         if rank() == 0 and not self.config.eval_only:  # a validation alone changes no run
             run_folder.continue_folder(
                 self.config, saved, self.iteration, self.evaluated, **self.facts)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+TEMPORARY = r"\..+\.\d+\.partial(\.\w+)?"  # the names of `atomic_write`'s temporary files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
 
@@ -25,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises OSError naming `path` if it cannot be written, as on a full disk.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

@@ -47,8 +47,11 @@ class TrainerState:
         if missing := needed - state.keys():
             raise ValueError(f"{path} is damaged or another program's: it lacks "
                              f"{', '.join(sorted(missing))}")
-        if type(state["iteration"]) is not int or not isinstance(state["settings"], dict):
-            raise ValueError(f"{path} is damaged: its iteration or settings are of another type")
+        if not _is_progress(state):
+            raise ValueError(f"{path} is damaged: its iteration, settings or checkpoints are odd")
+        for name in state.get("checkpoints", {}):
+            if not (folder / name).is_dir():
+                raise ValueError(f"{folder / name} is gone, to which {path} belongs")
         return state
 
     def restore(self, state: Mapping[str, Any], folder: Path, generators: bool = True) -> None:
@@ -59,6 +62,7 @@ class TrainerState:
         path = folder / STATE_FILE
         check_state(self.weights, state["weights"], str(path))
         try:
+            self._check_moments(state["optimizer"]["state"], path)
             for name, weight in self.weights.items():
                 weight.copy_(state["weights"][name])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -70,6 +74,25 @@ class TrainerState:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+
+    def _check_moments(self, saved: Mapping[int, Mapping[str, Tensor]], path: Path) -> None:
+        """Raise ValueError unless AdamW's moments fit the weights: torch does not check them."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters if saved else ()):  # none before a step
+            for name in ("exp_avg", "exp_avg_sq"):
+                if saved[number][name].shape != parameter.shape:
+                    raise ValueError(f"{path} is damaged: the optimizer's {name} {number} is "
+                                     f"{tuple(saved[number][name].shape)}")
+
+
+def _is_progress(state: Mapping[str, Any]) -> bool:
+    """Return whether a state says how far its run is, in the types that runs write."""
+    checkpoints = state.get("checkpoints", {})
+    return (type(state["iteration"]) is int and state["iteration"] >= 0
+            and isinstance(state["settings"], dict) and isinstance(checkpoints, dict)
+            and all(name in ("best", "last") and isinstance(about, dict)
+                    and {"iteration", "loss"} <= about.keys()
+                    for name, about in checkpoints.items()))
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

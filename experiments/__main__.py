@@ -202,7 +202,9 @@ def report(
                            errors) for variant in variants]
             for question, variants in questions.items()}
     command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
-    asked = config.only.replace(",", " ").split() or list(questions)
+    names = config.only.replace(",", " ").split() or questions  # of questions or of runs
+    asked = [question for question, variants in questions.items() if question in names or any(
+             job.name in names for variant in variants for job in jobs[variant.name])]
     path = write_report(rows, config, command, asked)
     print(f"written: {path}")
     return path

@@ -158,9 +158,10 @@ class Job(NamedTuple):
     @property
     def last_error(self) -> str:
         """The error that its last attempt printed, or ""."""
-        lines = [line for line in self.last_attempt.splitlines() if line.startswith("error: ")
+        lines = [line.partition("error: ")[2] for line in self.last_attempt.splitlines()
+                 if "error: " in line  # it may follow a progress bar
                  and "another process of this job" not in line]  # a consequence, not the cause
-        return one_line(lines[-1].removeprefix("error: ")) if lines else ""
+        return one_line(lines[-1]) if lines else ""
 
     def tidy(self) -> None:
         """Delete the trainer's state, the largest file, once the run is finished."""
@@ -200,7 +201,8 @@ class Job(NamedTuple):
         if code:
             error = self.last_error or f"exit code {code}, see {self.log}"
             resumed = "init_from=resume" in self.last_attempt.partition("\n")[0]
-            return error + (f" (to start afresh, delete {self.folder})" if resumed else "")
+            afresh = resumed and "is in use by another run" not in error
+            return error + (f" (to start afresh, delete {self.folder})" if afresh else "")
         kind, reason = self.standing
         if kind == FINISHED:
             return ""

@@ -171,7 +171,8 @@ class Run:
 def refuse_loss(config: PretrainConfig) -> None:
     """Raise ValueError if a new run in `out_dir` would lose files, unless `overwrite` allows it."""
     refuse_foreign_folder(config)
-    if Path(config.out_dir, STATE_FILE).exists() and not config.overwrite:
+    held = (STATE_FILE, "model", "results.json")
+    if any(Path(config.out_dir, name).exists() for name in held) and not config.overwrite:
         raise ValueError(
             f"out_dir={config.out_dir!r} holds a run; resume it with init_from=resume, choose "
             "another out_dir, or overwrite=True to replace it")
@@ -195,7 +196,8 @@ def fit(run: Run) -> None:
                 run.save_state()
     run.save_state()
     if run.iteration < config.max_iters:
-        print(f"stopped at step {run.iteration}; resume with init_from=resume", file=sys.stderr)
+        print(f"stopped at step {run.iteration}; resume with init_from=resume and "
+              "the same settings", file=sys.stderr)
         raise KeyboardInterrupt
 
 

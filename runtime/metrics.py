@@ -67,6 +67,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             raise ValueError(f"{path}:{number}: {error}") from None
         if values and not isinstance(values.get("iteration"), int):
             raise ValueError(f"{path}:{number}: a line must name its iteration")
+        if values and not all(isinstance(value, int | float) for value in values.values()):
+            raise ValueError(f"{path}:{number}: all values must be numbers")
         metrics += [values] if values else []
     return metrics
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from runtime.device import resolve_device
 
 MISSING = object()
+SIGNALS, SIGHUP = ("SIGINT", "SIGTERM", "SIGHUP"), getattr(signal, "SIGHUP", None)  # not on Windows
 Item = TypeVar("Item")
 
 
@@ -169,14 +170,16 @@ def of_rank_zero(value: Item) -> Item:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that the step can finish; a second one stops at once."""
+    """Collect SIGINT, SIGTERM, SIGHUP so that the step can finish; a second one stops at once."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    previous = {number: signal.signal(number, handle) for number in numbers
+                if (number, signal.getsignal(number)) != (SIGHUP, signal.SIG_IGN)}  # nohup
     try:
         yield received
     finally:

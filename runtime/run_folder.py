@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from checkpoints.files import local_path, read_json, write_json
+from checkpoints.files import TEMPORARY, local_path, read_json, write_json
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT, configure
 from runtime.device import device_name, resolve_dtype
@@ -34,9 +34,6 @@ MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # o
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
                 "adapter_model.safetensors")
-# The names that `atomic_write` gives, for a moment, to the files that runs write.
-LEFTOVER = (r"\.(config|metrics|finished|trainer_state|loss|model|adapter_config|adapter_model"
-            r"|results.*|predictions.*)\.\d+\.(json|jsonl|pt|png|safetensors)")
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
@@ -109,6 +106,8 @@ def read_run(out_dir: str) -> SavedRun:
     if missing := missing | ({"init_from", "lora_rank"} - settings.keys()):
         raise ValueError(f"{path} is not a fine-tuning run's: it lacks "
                          f"{', '.join(sorted(missing))}")
+    if type(run.get("processes", 1)) is not int:
+        raise ValueError(f"{path}: processes={run['processes']!r:.80} must be a number")
     return SavedRun(run.pop("settings"), str(run.pop("device")), str(run.pop("dtype")),
                     run.pop("processes", 1), facts=run)
 
@@ -137,10 +136,10 @@ def changed_settings(
 def has_state(config: FolderConfig) -> bool:
     """Return whether the run in `out_dir` has saved a state; if not, it must start again.
 
-    Raises ValueError if it has checkpoints, but no state: a new start would replace them.
+    Raises ValueError if it has scored checkpoints, but no state: a new start would replace them.
     """
     folder = Path(config.out_dir)
-    held = [name for name in CHECKPOINTS if (folder / name).exists()]
+    held = [name for name in CHECKPOINTS if (folder / name / "results.json").exists()]
     if held and not (folder / STATE_FILE).is_file():
         raise ValueError(
             f"out_dir={config.out_dir!r} cannot be resumed: it has {' and '.join(held)}, but no "
@@ -182,6 +181,10 @@ def refuse_foreign_folder(config: NewFolderConfig) -> None:
                          "out_dir")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={str(folder)!r} is a file")
+    for path in (folder / name for name in (*CHECKPOINTS, "model")):
+        if path.is_symlink() or _settings_of(path) is not None:
+            raise ValueError(f"{path} is {'a link' if path.is_symlink() else 'a run of its own'}; "
+                             "choose another out_dir")
     if (settings := _settings_of(folder)) is not None:
         if (FINE_TUNING in settings) != hasattr(config, FINE_TUNING):
             raise ValueError(f"out_dir={str(folder)!r} holds a run of another script; choose "
@@ -235,7 +238,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left of a run and of its checkpoints."""
     places = [folder, *(folder / name for name in (*CHECKPOINTS, "model"))]
     for path in [path for place in places for path in place.glob(".*")]:
-        if re.fullmatch(LEFTOVER, path.name):
+        if re.fullmatch(TEMPORARY, path.name):
             path.unlink()
 
 

@@ -127,7 +127,7 @@ def test_name_of_a_long_prompt_fits_a_file_system() -> None:
     for words in ("Read the following review closely. ", "判断这段影评的情感倾向", "é" * 40):
         name = suffix(f"prompt={words * 20}{{text}} Label:", f"dataset={words * 9}",
                       f"limit={2**63}", "temperature=0.123456789", f"seed={2**63 - 1}")
-        assert 10 < len(f".predictions{name}.1234567.jsonl".encode()) <= 255
+        assert 10 < len(f".predictions{name}.1234567.partial.jsonl".encode()) <= 255
 
 
 @pytest.mark.parametrize(("there", "own_data", "longer"), [

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train as script
 from checkpoints.files import read_json, write_json
@@ -196,7 +197,9 @@ def test_settings_edited_by_hand_are_checked(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("edit", [{"iteration": "4"}, {"settings": [1]}])
+@pytest.mark.parametrize("edit", [
+    {"iteration": "4"}, {"iteration": -1}, {"settings": [1]}, {"checkpoints": []},
+    {"checkpoints": {"../evil": {"iteration": 1, "loss": 1.0}}}, {"checkpoints": {"best": {}}}])
 def test_state_of_odd_progress_is_refused(
     edit: dict[str, object], config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -205,7 +208,44 @@ def test_state_of_odd_progress_is_refused(
     path = Path(config.out_dir, "trainer_state.pt")
     write_state(path, read_state(path) | edit)
     assert resume(config, monkeypatch) == 2
-    assert "is damaged: its iteration or settings are" in capsys.readouterr().err
+    assert "is damaged: its iteration, settings or checkpoints" in capsys.readouterr().err
+
+
+def test_moments_of_another_shape_are_refused_before_anything_changes(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, max_iters=1))
+    path = Path(config.out_dir, "trainer_state.pt")
+    state, before = read_state(path), Path(config.out_dir, "config.json").read_bytes()
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    write_state(path, state)
+    assert resume(config, monkeypatch, "max_iters=2") == 2
+    assert "is damaged: the optimizer's exp_avg 0 is (3,)" in capsys.readouterr().err
+    del state["optimizer"]["state"][0]
+    write_state(path, state)
+    assert resume(config, monkeypatch, "max_iters=2") == 2
+    assert Path(config.out_dir, "config.json").read_bytes() == before
+
+
+def test_checkpoint_that_is_gone_is_missed_before_the_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, max_iters=1))
+    shutil.rmtree(Path(config.out_dir, "best"))
+    assert resume(config, monkeypatch, "max_iters=2") == 2
+    assert "best is gone, to which" in capsys.readouterr().err
+
+
+def test_validations_of_a_run_are_not_logged_twice(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        assert call(patch, *(f"{k}={v}" for k, v in asdict(config).items())) == 130
+    before = read_metrics(Path(config.out_dir))
+    assert resume(config, monkeypatch, "eval_only=True") == 0
+    assert read_metrics(Path(config.out_dir)) == before
+    assert resume(config, monkeypatch) == 0
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

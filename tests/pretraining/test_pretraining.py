@@ -187,6 +187,10 @@ def test_data_that_changed_is_refused_and_the_run_kept(
     before = metrics(config)
     with open(data / "unsupervised.jsonl", "a") as file:
         file.write("\n" + json.dumps({"text": "one more", "label": -1}))
+    Path(config.out_dir, "trainer_state.pt").rename(tmp_path / "state")
+    with pytest.raises(ValueError, match="holds a run; resume it"):  # its model is the result
+        main(config)
+    (tmp_path / "state").rename(Path(config.out_dir, "trainer_state.pt"))
     with pytest.raises(ValueError, match=r"data='.*' changed since the run began"):
         main(replace(config, init_from="resume"))
     assert metrics(config) == before

@@ -265,3 +265,13 @@ def test_second_signal_stops_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no terminals that hang up")
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_terminal_that_closes_stops_a_run_unless_nohup_started_it(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    with processes.stop_on_signal() as received:
+        signal.raise_signal(signal.SIGHUP)
+        assert received == ([] if ignored else [signal.SIGHUP])
+    signal.signal(signal.SIGHUP, before)

@@ -147,8 +147,15 @@ def test_folder_of_runs_may_hold_a_run_itself(tmp_path: Path, finished: Path) ->
 
 def test_run_in_the_place_of_a_checkpoint_is_refused(tmp_path: Path, finished: Path) -> None:
     finished.rename(tmp_path / "best")
-    with pytest.raises(ValueError, match=r"holds files that no run wrote \(best\)"):
+    with pytest.raises(ValueError, match=r"best is a run of its own; choose another out_dir"):
         run_folder.refuse_loss(Settings(out_dir=str(tmp_path), overwrite=True))
+
+
+def test_link_in_the_place_of_a_checkpoint_is_refused(tmp_path: Path, finished: Path) -> None:
+    shutil.rmtree(finished / "best")
+    (finished / "best").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"best is a link; choose another out_dir"):
+        run_folder.refuse_loss(Settings(out_dir=str(finished), overwrite=True))
 
 
 def test_run_of_another_script_is_refused(finished: Path) -> None:
@@ -192,8 +199,8 @@ def test_run_without_a_state_starts_again_unless_it_has_checkpoints(finished: Pa
     (finished / "trainer_state.pt").unlink()
     with pytest.raises(ValueError, match=r"it has best and last, but no trainer_state\.pt; its"):
         run_folder.has_state(config)
-    for name in ("best", "last"):
-        shutil.rmtree(finished / name)
+    for name in ("best", "last"):  # as if killed before the state was whole
+        (finished / name / "results.json").unlink()
     assert not run_folder.has_state(config)
 
 
@@ -210,6 +217,8 @@ def test_saved_setting_of_another_type_is_refused(name: str, value: object) -> N
     ({"settings": {"init_from": "gpt2", "lora_rank": 1}}, "it lacks device, dtype"),
     ({"settings": [], "device": "cpu", "dtype": "float32"}, "settings must be an object, not"),
     ({"settings": 3}, "settings must be an object, not 3"),
+    ({"settings": {"init_from": "gpt2", "lora_rank": 1}, "device": "cpu", "dtype": "float32",
+      "processes": "one"}, "processes='one' must be a number"),
 ])
 def test_file_of_something_else_is_no_run(tmp_path: Path, run: dict, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(run))
@@ -249,9 +258,11 @@ def test_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
 
 def test_leftover_temporary_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
-    leftovers = [tmp_path / ".trainer_state.12.pt", tmp_path / "best" / ".model.345.safetensors"]
-    others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / ".notes.2024.json",
-              tmp_path / "best" / "model.safetensors", tmp_path / "run" / ".model.7.safetensors"]
+    leftovers = [tmp_path / ".trainer_state.12.partial.pt",
+                 tmp_path / "best" / ".model.345.partial.safetensors"]
+    others = [tmp_path / ".lock", tmp_path / ".hidden.txt", tmp_path / ".results.7.json",
+              tmp_path / "best" / "model.safetensors",
+              tmp_path / "run" / ".model.7.partial.safetensors"]
     (tmp_path / "run").mkdir()  # another run's, which may be alive
     for path in leftovers + others:
         path.touch()
