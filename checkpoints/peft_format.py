@@ -110,7 +110,8 @@ def _check_config(config: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
             raise ValueError(f"adapter has {key}={found!s:.80}, the model {expected[key]}")
     for key in PEFT_EXTRAS:
         if config.get(key):
-            raise ValueError(f"adapter has {key}={config[key]!r:.80}, which plain LoRA has not")
+            raise ValueError(
+                f"adapter has {key}={config[key]!r:.80}, which plain LoRA does not compute")
     start = str(config.get("init_lora_weights")).lower()
     if start not in PEFT_STARTS:
         advice = ("; PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) "

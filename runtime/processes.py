@@ -19,11 +19,9 @@ from torch import Tensor
 from runtime.device import resolve_device
 
 MISSING = object()
-SIGNALS, SIGHUP = ("SIGINT", "SIGTERM", "SIGHUP"), getattr(signal, "SIGHUP", None)  # not on Windows
-Item = TypeVar("Item")
-
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -44,16 +42,17 @@ def _in_a_job() -> bool:
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     not_numbers = [name for name in VARIABLES if name != "MASTER_ADDR"
                    and not os.environ.get(name, "0").isdecimal()]
-    fault = f"lacks {', '.join(missing)}" if missing else ""
-    if not_numbers:
-        fault = fault or f"{not_numbers[0]} is no number"
-    elif not fault and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+    if missing:
+        fault = f"lacks {', '.join(missing)}"
+    elif not_numbers:
+        fault = f"{not_numbers[0]} is no number"
+    elif int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         fault = f"RANK={os.environ['RANK']} is not below WORLD_SIZE={os.environ['WORLD_SIZE']}"
-    if fault:
-        raise ValueError(
-            f"the environment has {' and '.join(sorted(os.environ.keys() & VARIABLES))}, but "
-            f"{fault}; start several processes with torchrun, or unset these variables")
-    return True
+    else:
+        return True
+    there = " and ".join(sorted(os.environ.keys() & VARIABLES))
+    raise ValueError(f"the environment has {there}, but {fault}; start several processes with "
+                     "torchrun, or unset these variables")
 
 
 def check_shares(passes: int) -> None:
@@ -102,6 +101,7 @@ def end_processes() -> None:
 
 @contextmanager
 def leave_job_at_the_end() -> Iterator[None]:
+    """Leave the process group, if there is one, however the block ends."""
     try:
         yield
     finally:
@@ -177,9 +177,10 @@ def stop_on_signal() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    previous = {number: signal.signal(number, handle) for number in numbers
-                if (number, signal.getsignal(number)) != (SIGHUP, signal.SIG_IGN)}  # nohup
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
