@@ -269,7 +269,7 @@ def scenarios(
     return training(config)
 
 
-@pytest.mark.parametrize(("kind", "kills"), list(zip(KINDS, (4, 4, 3, 2, 2, 1), strict=True)))
+@pytest.mark.parametrize(("kind", "kills"), list(zip(KINDS, (3, 3, 2, 2, 2, 1), strict=True)))
 def test_killed_runs_end_like_the_others(
     kind: str, kills: int, small: TrainConfig, imdb: str, killer: Killer, tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ def test_export_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("generate.shutil.copyfile", full)
+    monkeypatch.setattr("models.export.shutil.copyfile", full)
     with pytest.raises(OSError, match="no space left"):
         export_model(tuned, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
