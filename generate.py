@@ -9,7 +9,6 @@ python generate.py init_from=gpt2-medium task=python_codes
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,7 +21,6 @@ from checkpoints.files import (
     anchored,
     atomic_write,
     local_path,
-    read_json,
     slug,
     writable_folder,
     write_json,
@@ -56,8 +54,16 @@ from runtime.processes import (
     own_share,
     rank,
     start_processes,
+    world_size,
 )
-from runtime.run_folder import FolderConfig, read_run, run_dtype
+from runtime.run_folder import (
+    FolderConfig,
+    Stamp,
+    read_run,
+    run_dtype,
+    spare_results,
+    weights_stamp,
+)
 from tasks.base import filled, line_ends
 from tasks.scores import Completion
 from tasks.sources import Record
@@ -116,6 +122,7 @@ class Subject(NamedTuple):
     own_dtype: str  # of its run; an untrained model has that of `dtype`
     own_data: str  # digest of its run's data, if it noted one
     base: Mapping[str, str]  # digest of an untrained model
+    stamp: Stamp  # of the weights in `folder`, from before they were loaded
 
 
 class ModelSampler:
@@ -206,10 +213,12 @@ class ModelSampler:
     def describe(self) -> dict[str, Any]:
         """Return the settings and the data that the answers depend on."""
         loader = self.loader
+        drawn = {"batch_size": self.batch_size, "processes": world_size()}  # they share one dice
         return {"dataset": loader.dataset, "data_sha256": loader.data_sha256,
                 "prompt": loader.task.template, "dtype": dtype_name(self.dtype),
                 "temperature": self.temperature, "top_k": self.top_k,
-                "max_new_tokens": self.max_new_tokens, "block_size": loader.block_size}
+                "max_new_tokens": self.max_new_tokens, "block_size": loader.block_size,
+                **(drawn if self.temperature > 0 and self.top_k != 1 else {})}
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Return the text up to end-of-text, its number of tokens, and whether it ended."""
@@ -233,19 +242,22 @@ def predict_labels(dataset: Sequence[Record], sampler: ModelSampler) -> list[int
 
 def score(
     sampler: ModelSampler, records: Sequence[Record], folder: Path | None = None, suffix: str = "",
-    facts: Mapping[str, Any] | None = None,
+    subject: Subject | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `records`, which all processes share.
 
-    With a `folder`, write each prediction to `predictions{suffix}.jsonl` in it, then the scores
-    with further `facts` to `results{suffix}.json`.
+    With a `folder`, write each prediction to `predictions{suffix}.jsonl` in it, then the scores to
+    `results{suffix}.json`. Raises ValueError if the weights of `subject` were replaced meanwhile.
     """
     task = sampler.loader.task
     share = sampler.predict(own_share(records), "scoring" if folder else "", task.likelihood)
     predictions = gather_shares(share)
-    results = task.summarize(records, predictions) | sampler.describe() | (facts or {})
+    results = task.summarize(records, predictions) | sampler.describe()
+    results |= subject.base if subject else {}
     if folder is None or rank() > 0:
         return results
+    if subject and subject.stamp != weights_stamp(folder):
+        raise ValueError(f"{folder} changed while it was scored: nothing is written")
     with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
         for record, prediction in zip(records, predictions, strict=True):
             file.write(json.dumps(task.row(record) | prediction._asdict()) + "\n")
@@ -297,19 +309,6 @@ def results_suffix(question: Question, own: Question, task: str) -> str:
     return "".join(f"-{part}" for part, different in differs.items() if different)
 
 
-def spare_results(folder: Path, suffix: str, asked: Mapping[str, Any], own_data: str) -> str:
-    """Return a longer suffix if results of another precision, data or base model have this one.
-
-    `own_data` is the digest of the run's data if they are asked, else "".
-    """
-    there = {"data_sha256": own_data or asked["data_sha256"]}
-    with suppress(OSError, ValueError):  # no results, or damaged ones
-        there |= read_json(folder / f"results{suffix}.json")
-    parts = {"dtype": "", "data_sha256": "data_", "base_sha256": "base_"}
-    return suffix + "".join(f"-{part}{asked[name]:.8}" for name, part in parts.items()
-                            if name in asked and there.get(name, asked[name]) != asked[name])
-
-
 def load_subject(config: GenerateConfig) -> Subject:
     """Load the model that `config` names: an untrained one, or a checkpoint of a run."""
     device = start_processes(config.device)
@@ -318,15 +317,16 @@ def load_subject(config: GenerateConfig) -> Subject:
         model = GPT.from_pretrained(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
         base = {"base_sha256": checkpoint_digest(config.init_from)}
-        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype), "", base)
+        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype), "", base, {})
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
+    stamp = weights_stamp(folder)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run.config(ModelSettings)
     if settings.lora_rank and "base_sha256" in run.facts:
         run.refuse_changed_inputs(base_sha256=checkpoint_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
     own_data = str(run.facts.get("data_sha256", ""))
-    return Subject(model, settings, folder, dtype, run.dtype, own_data, {})
+    return Subject(model, settings, folder, dtype, run.dtype, own_data, {}, stamp)
 
 
 def answer(config: GenerateConfig) -> None:
@@ -354,14 +354,13 @@ def answer(config: GenerateConfig) -> None:
             print(*loader.task.tell(*sampler.predict(text)), sep="\n")
         return
     suffix = results_suffix(question, own, subject.settings.task)
-    same_data = anchored(question.dataset) == anchored(own.dataset)
-    own_data = subject.own_data if same_data else ""
+    own_data = subject.own_data if anchored(question.dataset) == anchored(own.dataset) else ""
     facts = sampler.describe() | subject.base
     suffix = spare_results(writable_folder(subject.folder), suffix, facts, own_data)
-    results = score(sampler, records, subject.folder, suffix, subject.base)
+    results = score(sampler, records, subject.folder, suffix, subject)
     if rank() == 0:
-        print(f"{subject.folder}, {loader.dataset} {question.split}: "
-              f"{loader.task.describe(results)}")
+        print(f"{subject.folder}, {loader.dataset} {question.split}:",
+              loader.task.describe(results))
         print(f"written: {subject.folder / f'results{suffix}.json'}")
 
 

@@ -4,3 +4,4 @@ The runs need about 35 GB of disk: each of the nine full fine-tunings saves its 
 """
 
 out_dir = "out/experiments_t4"
+report_dir = "report-t4"

@@ -42,6 +42,7 @@ FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
     "baseline",
 }
+Stamp = Mapping[str, tuple[int, int]]
 Config = TypeVar("Config")
 
 
@@ -269,6 +270,27 @@ def continue_folder(
 def _write_run(config: FolderConfig, facts: Mapping[str, Any]) -> None:
     write_json(Path(config.out_dir, CONFIG_FILE),
                {"settings": asdict(config), **facts})  # type: ignore[call-overload]
+
+
+def weights_stamp(folder: Path) -> Stamp:
+    """Return what changes when the weights in a checkpoint's `folder` are replaced."""
+    files = [path.stat() for path in sorted(folder.glob("[!.]*.safetensors"))]
+    return {str(about.st_ino): (about.st_size, about.st_mtime_ns) for about in files}
+
+
+def spare_results(folder: Path, suffix: str, asked: Mapping[str, Any], own_data: str) -> str:
+    """Return a longer suffix if results of another precision, data or base model have this one.
+
+    So do answers that were drawn in other batches. `asked` describes the results to come;
+    `own_data` is the digest of the run's data if they are asked, else "".
+    """
+    there = {"data_sha256": own_data or asked["data_sha256"]}
+    with suppress(OSError, ValueError):  # no results, or damaged ones
+        there |= read_json(folder / f"results{suffix}.json")
+    parts = {"dtype": "", "data_sha256": "data_", "base_sha256": "base_", "batch_size": "batch",
+             "processes": "processes"}
+    return suffix + "".join(f"-{part}{str(asked[name])[:8]}" for name, part in parts.items()
+                            if name in asked and there.get(name, asked[name]) != asked[name])
 
 
 def forget_results(folder: Path) -> None:

@@ -22,11 +22,11 @@ from generate import (
     resolve_question,
     results_suffix,
     score,
-    spare_results,
 )
 from lora import lora_layers
 from methods.build import build_model, load_checkpoint
 from model import GPT
+from runtime.run_folder import spare_results
 from tasks.scores import Prediction, summarize
 
 CPU = torch.device("cpu")
@@ -135,13 +135,15 @@ def test_name_of_a_long_prompt_fits_a_file_system() -> None:
     ({"dtype": "float32", "data_sha256": "ab" * 32}, "", "-bfloat16"),
     ({"dtype": "bfloat16", "data_sha256": "cd" * 32}, "", "-data_abababab"),
     ({"dtype": "bfloat16", "base_sha256": "cd" * 32}, "", "-base_12121212"),
+    ({"dtype": "bfloat16", "batch_size": 5}, "", "-batch64"),
     (None, "ab" * 32, ""),
     (None, "cd" * 32, "-data_abababab"),
 ])
 def test_results_of_another_precision_data_or_model_stay(
     there: dict[str, str] | None, own_data: str, longer: str, tmp_path: Path
 ) -> None:
-    asked = {"dtype": "bfloat16", "data_sha256": "ab" * 32, "base_sha256": "12" * 32}
+    asked = {"dtype": "bfloat16", "data_sha256": "ab" * 32, "base_sha256": "12" * 32,
+             "batch_size": 64}
     path = tmp_path / "results-train.json"
     if there:
         write_json(path, there)
@@ -188,6 +190,36 @@ def test_run_on_other_hardware_keeps_the_results_of_its_own(
     save_adapter(adapted, tmp_path / "best", checkpoint)
     run(f"out_dir={tmp_path}")
     assert [path.name for path in (tmp_path / "best").glob("results*")] == ["results-float32.json"]
+
+
+def test_run_that_is_trained_on_while_it_is_scored_keeps_its_results(
+    checkpoint: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, init_from=checkpoint, dataset=reviews, block_size=64)
+    write_json(tmp_path / "config.json",
+               {"settings": asdict(settings), "device": "cpu", "dtype": "float32"})
+    adapted = build_model(checkpoint, settings, CPU, torch.float32)
+    save_adapter(adapted, tmp_path / "best", checkpoint)
+    write_json(tmp_path / "best" / "results.json", {"accuracy": 0.5})
+    predict = ModelSampler.predict
+
+    def meanwhile(*arguments: object) -> object:
+        save_adapter(adapted, tmp_path / "best", checkpoint)
+        return predict(*arguments)
+
+    monkeypatch.setattr(ModelSampler, "predict", meanwhile)
+    with pytest.raises(ValueError, match="best changed while it was scored: nothing is written"):
+        run(f"out_dir={tmp_path}")
+    assert read_json(tmp_path / "best" / "results.json") == {"accuracy": 0.5}
+
+
+def test_answers_drawn_in_other_batches_have_a_name_of_their_own(
+    checkpoint: str, reviews: str, tmp_path: Path
+) -> None:
+    settings = [f"init_from={checkpoint}", f"dataset={reviews}", f"out_dir={tmp_path}", "limit=5"]
+    for more in (["temperature=1"], ["temperature=1", "batch_size=2"], [], ["batch_size=2"]):
+        run(*settings, *more)
+    assert len(list(tmp_path.rglob("results*.json"))) == 3
 
 
 def test_base_model_that_changed_under_its_adapter_is_refused(
