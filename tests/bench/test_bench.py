@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from bench.__main__ import BenchConfig, grow, main, markdown, plot, sized_reviews
+from bench.__main__ import BenchConfig, check_folder, grow, main, markdown, plot, sized_reviews
 from bench.worker import random_checkpoint
+from configurator import configure
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
 
@@ -25,6 +26,21 @@ def config(reviews: str, tmp_path: Path) -> BenchConfig:
     return BenchConfig(
         model="gpt2-mini", what="train,score", lora_rank=4, batch_size=8, rounds=1, device="cpu",
         dtype="bfloat16", dataset=reviews, out_dir=str(tmp_path))
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    check_folder(tmp_path)
+    (tmp_path / "bench.json").write_text('{"machine": {}}')
+    (tmp_path / "bench.png").write_bytes(b"ours")
+    check_folder(tmp_path)
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a bench\.json that this program did not write"):
+        check_folder(tmp_path)
+
+
+def test_rank_that_no_model_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="lora_rank='20000' must be at most 10000"):
+        configure(BenchConfig, ["lora_rank=20000"])
 
 
 def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfig) -> None:

@@ -78,6 +78,25 @@ def test_path_and_text_of_an_existing_folder_are_the_same(
 
 
 @pytest.mark.usefixtures("no_hub")
+def test_missing_folder_in_a_folder_that_is_here_never_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no folder out/run"):
+        GPT.from_pretrained("out/run")
+
+
+def test_password_of_the_hubs_address_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("401 for url: https://user:secret@hub.local/gpt2")
+
+    monkeypatch.setattr(hub_format, "get_hf_file_metadata", refuse)
+    with pytest.raises(OSError, match=r"401 for url: https://hub\.local/gpt2$"):
+        GPT.from_pretrained("no-such-model")
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_file_in_place_of_a_folder_never_asks_the_hub(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

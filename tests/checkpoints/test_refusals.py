@@ -161,6 +161,12 @@ def test_tensor_with_and_without_the_prefix_is_refused(base: Path) -> None:
     refused(base, f"model.safetensors: {TOKENS} is there twice")
 
 
+def test_projection_of_another_rank_is_refused(base: Path) -> None:
+    name, tensors = "transformer.h.0.attn.c_attn.weight", read_tensors(base / WEIGHTS)
+    write_tensors(base / WEIGHTS, tensors | {name: torch.ones(2, 3, 4)})
+    refused(base, re.escape(f"base does not fit the model: {name} is (2, 3, 4), not (96, 32)"))
+
+
 def test_empty_checkpoint_is_refused(base: Path) -> None:
     write_tensors(base / WEIGHTS, {})
     refused(base, "the weights have 0 layers")

@@ -189,6 +189,10 @@ def test_threads_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert share_of_machine(0, 1) == {}
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "4,7,")
+        assert [share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [
+            "4", "7", "4"]
     assert share_of_machine(2, 3) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     given = [share_of_machine(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]

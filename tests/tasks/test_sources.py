@@ -1,6 +1,7 @@
 """Every source gives the same kind of rows; errors name the file, the split or the row."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def test_other_labels_are_refused_by_row(tmp_path: Path, form: str, label: Any) 
 BAD_FILES = {
     "missing column": ("csv", b"text,stars\na film,1\n", r"train row 1 needs the fields text and"),
     "missing field": ("jsonl", b'{"text": "a", "label": 1}\n{"label": 1}', "train row 2 needs the"),
+    "field given twice": (
+        "jsonl", b'{"text": "a", "text": "b", "label": 1}', "row gives a field twice: text, text"),
     "null text": ("jsonl", b'{"text": null, "label": 1}', "train row 1 needs a text and"),
     "number as text": ("jsonl", b'{"text": 10, "label": 1}', "train row 1 needs a text and"),
     "row that is a list": ("jsonl", b'["a film", 1]', "train row 1 needs the fields"),
@@ -111,6 +114,14 @@ def test_bad_file_is_refused_and_named(
     (tmp_path / f"train.{form}").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.csv")
+    for function in (read, data_digest):
+        with pytest.raises(ValueError, match=r"train\.csv must be a regular file"):
+            function(str(tmp_path))
 
 
 @pytest.mark.parametrize(
