@@ -56,14 +56,8 @@ from runtime.processes import (
     start_processes,
     world_size,
 )
-from runtime.run_folder import (
-    FolderConfig,
-    Stamp,
-    read_run,
-    run_dtype,
-    spare_results,
-    weights_stamp,
-)
+from runtime.result_files import Stamp, spare_results, weights_stamp
+from runtime.run_folder import FolderConfig, read_run, run_dtype
 from tasks.base import filled, line_ends
 from tasks.scores import Completion
 from tasks.sources import Record

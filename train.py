@@ -26,7 +26,7 @@ from generate import ModelSampler, score
 from lora import count_parameters
 from methods.build import MethodConfig, build_model, load_checkpoint
 from model import GPT, SharedPrefix
-from runtime import run_folder
+from runtime import result_files, run_folder
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -223,7 +223,7 @@ class Run:
             self.save_state()
 
     def save_checkpoint(self, name: str, loss: float) -> None:
-        run_folder.forget_results(self.folder / name)
+        result_files.forget_results(self.folder / name)
         if self.config.lora_rank:
             save_adapter(self.model, self.folder / name, self.config.init_from)
         else:

@@ -33,10 +33,10 @@ from runtime.device import (
 from runtime.metrics import MetricsLog
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from runtime.processes import stop_on_signal
+from runtime.result_files import forget_checkpoint
 from runtime.run_folder import (
     NewFolderConfig,
     changed_settings,
-    forget_checkpoint,
     lock_folder,
     refuse_foreign_folder,
     reopen,

@@ -8,8 +8,7 @@ and `finished.json` says that the run is complete.
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -28,12 +27,11 @@ from runtime.metrics import (
     forget_later_metrics,
     read_metrics,
 )
+from runtime.result_files import forget_checkpoint
 
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
-WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
-                "adapter_model.safetensors")
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
@@ -42,7 +40,6 @@ FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
     "baseline",
 }
-Stamp = Mapping[str, tuple[int, int]]
 Config = TypeVar("Config")
 
 
@@ -270,45 +267,6 @@ def continue_folder(
 def _write_run(config: FolderConfig, facts: Mapping[str, Any]) -> None:
     write_json(Path(config.out_dir, CONFIG_FILE),
                {"settings": asdict(config), **facts})  # type: ignore[call-overload]
-
-
-def weights_stamp(folder: Path) -> Stamp:
-    """Return what changes when the weights in a checkpoint's `folder` are replaced."""
-    files = [path.stat() for path in sorted(folder.glob("[!.]*.safetensors"))]
-    return {str(about.st_ino): (about.st_size, about.st_mtime_ns) for about in files}
-
-
-def spare_results(folder: Path, suffix: str, asked: Mapping[str, Any], own_data: str) -> str:
-    """Return a longer suffix if results of another precision, data or base model have this one.
-
-    So do answers that were drawn in other batches. `asked` describes the results to come;
-    `own_data` is the digest of the run's data if they are asked, else "".
-    """
-    there = {"data_sha256": own_data or asked["data_sha256"]}
-    with suppress(OSError, ValueError):  # no results, or damaged ones
-        there |= read_json(folder / f"results{suffix}.json")
-    parts = {"dtype": "", "data_sha256": "data_", "base_sha256": "base_", "batch_size": "batch",
-             "processes": "processes"}
-    return suffix + "".join(f"-{part}{str(asked[name])[:8]}" for name, part in parts.items()
-                            if name in asked and there.get(name, asked[name]) != asked[name])
-
-
-def forget_results(folder: Path) -> None:
-    """Remove the scores and predictions of a checkpoint that is about to be replaced."""
-    for path in [folder / "results.json", *folder.glob("results-*.json")]:
-        predictions = folder / f"predictions{path.stem.removeprefix('results')}.jsonl"
-        if path.name == "results.json" or predictions.is_file():  # else it is no pair of ours
-            path.unlink(missing_ok=True)
-            predictions.unlink(missing_ok=True)
-
-
-def forget_checkpoint(folder: Path, weights: Sequence[str] = WEIGHT_FILES) -> None:
-    """Remove a checkpoint with its scores; files that no run wrote stay."""
-    forget_results(folder)
-    for name in weights:
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it does not exist, or holds other files
-        folder.rmdir()
 
 
 def git_commit() -> str | None:

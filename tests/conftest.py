@@ -12,12 +12,10 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch loads: tests share the
 
 import pytest
 import torch
-from made_models import shaken
+from made_models import TINY, shaken
 
 from model import GPT, GPTConfig
 from train import TrainConfig
-
-TINY = GPTConfig(block_size=64, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
 
 
 @pytest.fixture(autouse=True)

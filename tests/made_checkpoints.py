@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY
+from made_models import TINY
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 

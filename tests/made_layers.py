@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from made_models import TINY
 from torch import Tensor, nn
 
 from lora import (

@@ -26,7 +26,7 @@ from generate import (
 from lora import lora_layers
 from methods.build import build_model, load_checkpoint
 from model import GPT
-from runtime.run_folder import spare_results
+from runtime.result_files import spare_results
 from tasks.scores import Prediction, summarize
 
 CPU = torch.device("cpu")
@@ -180,14 +180,20 @@ def test_relative_and_absolute_path_of_the_runs_data_are_one(
     assert results_suffix(asked, own, settings.task) == ""
 
 
+def save_run(folder: Path, settings: ModelSettings, device: str, dtype: str) -> GPT:
+    """Write a run whose best checkpoint has untrained adapters; return the model."""
+    write_json(folder / "config.json",
+               {"settings": asdict(settings), "device": device, "dtype": dtype})
+    adapted = build_model(settings.init_from, settings, CPU, torch.float32)
+    save_adapter(adapted, folder / "best", settings.init_from)
+    return adapted
+
+
 def test_run_on_other_hardware_keeps_the_results_of_its_own(
     checkpoint: str, reviews: str, tmp_path: Path
 ) -> None:
     settings = replace(SETTINGS, init_from=checkpoint, dataset=reviews, block_size=64)
-    write_json(tmp_path / "config.json",
-               {"settings": asdict(settings), "device": "Tesla T4", "dtype": "float16"})
-    adapted = build_model(checkpoint, settings, CPU, torch.float32)
-    save_adapter(adapted, tmp_path / "best", checkpoint)
+    save_run(tmp_path, settings, "Tesla T4", "float16")
     run(f"out_dir={tmp_path}")
     assert [path.name for path in (tmp_path / "best").glob("results*")] == ["results-float32.json"]
 
@@ -196,10 +202,7 @@ def test_run_that_is_trained_on_while_it_is_scored_keeps_its_results(
     checkpoint: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(SETTINGS, init_from=checkpoint, dataset=reviews, block_size=64)
-    write_json(tmp_path / "config.json",
-               {"settings": asdict(settings), "device": "cpu", "dtype": "float32"})
-    adapted = build_model(checkpoint, settings, CPU, torch.float32)
-    save_adapter(adapted, tmp_path / "best", checkpoint)
+    adapted = save_run(tmp_path, settings, "cpu", "float32")
     write_json(tmp_path / "best" / "results.json", {"accuracy": 0.5})
     predict = ModelSampler.predict
 

@@ -10,8 +10,8 @@ import loralib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
 from made_layers import EXACT, LOW, adapted, adapted_gpt, dense_delta, each_dtype, each_groups
+from made_models import TINY
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode

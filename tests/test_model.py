@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from made_models import TINY
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 

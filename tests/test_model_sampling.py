@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
-from made_models import make_sampler
+from made_models import TINY, make_sampler
 from torch import Tensor
 
 from checkpoints.hub_format import END_OF_TEXT

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from made_checkpoints import IDX, close, equal, hub_tensors, make_adapted, make_reference
+from made_models import TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,19 +21,6 @@ from lora import adapt, lora_layers
 from model import GPT, LORA_TARGETS
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_reference(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    """An adapter of rank 4 over split q, k and v that fits `base`."""
-    save_adapter(make_adapted(base), tmp_path / "adapter", "base")
-    return tmp_path / "adapter"
 
 
 # ---- the layout of the hub ----

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_checkpoints import IDX, close, equal, make_reference
+from made_checkpoints import IDX, close, equal
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
@@ -26,12 +26,6 @@ from checkpoints.hub_format import (
 from model import GPT
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_reference(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture

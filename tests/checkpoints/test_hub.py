@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from made_models import TINY
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoints.files import read_json, write_json

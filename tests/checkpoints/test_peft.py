@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_checkpoints import IDX, close, equal, make_adapted, make_reference
+from made_checkpoints import IDX, close, equal, make_adapted
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
@@ -15,18 +15,6 @@ from lora import adapt
 from model import GPT
 
 A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_reference(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    save_adapter(make_adapted(base), tmp_path / "adapter", "base")
-    return tmp_path / "adapter"
 
 
 def peft_model(base: Path, **changes: Any) -> PeftModel:

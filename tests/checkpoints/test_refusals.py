@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
-from made_checkpoints import IDX, close, make_reference
+from made_checkpoints import IDX, close
+from made_models import TINY
 from torch import Tensor
 
 from checkpoints.files import read_json, read_tensors, write_json, write_tensors
@@ -20,12 +20,6 @@ from model import GPT
 
 INTEGERS = [field for field in HUB_FIELDS if field != "layer_norm_epsilon"]
 HEAD, TOKENS = "lm_head.weight", "transformer.wte.weight"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_reference(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def refused(folder: Path, message: str) -> None:
