@@ -1,14 +1,21 @@
-"""GPT-2's byte-pair tokenizer, built from OpenAI's vocabulary files."""
+"""The tokenizer of a model: GPT-2's, from OpenAI's vocabulary files, or the one it brings."""
 
 import importlib.metadata
+import os
 import re
+import shutil
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from checkpoints.files import packaged_file
+from checkpoints.files import packaged_file, read_json, write_json
+from checkpoints.gguf_format import gguf_path, read_gguf_tokenizer
+from checkpoints.hub_format import CONFIG, find_file
+from models.hub_tokenizer import NO_CHAT, HubTokenizer
 
 # OpenAI's published hashes of GPT-2's vocabulary, the same as in tiktoken.
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -20,11 +27,18 @@ GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+")
 SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # tiktoken's \s and \S, in Python's terms
 LONGEST_SPACE = 100_000  # characters; `\s+(?!\S)` overflows tiktoken's stack at a million
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}(?={SPACE}{OTHER})")
 
 
 class GPT2Encoding(tiktoken.Encoding):
-    """GPT-2's tokenizer, which also takes white space of any length."""
+    """GPT-2's tokenizer, which also takes white space of any length.
+
+    It has all that `HubTokenizer` has: nothing starts a text, and there is no chat template.
+    """
+
+    start: tuple[int, ...] = ()
+    has_chat = False
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the token ids of plain text; a special token spelled out in it stays plain text.
@@ -39,6 +53,28 @@ class GPT2Encoding(tiktoken.Encoding):
             ids += super().encode_ordinary(text[start : space.end()])
             start = space.end()
         return ids + super().encode_ordinary(text[start:])
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Return the token ids of plain text that continues another one."""
+        return self.encode_ordinary(text)
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Raise ValueError: GPT-2 was not trained to chat."""
+        raise ValueError(NO_CHAT)
+
+    def save_pretrained(self, folder: Path, max_length: int) -> None:
+        """Write the tokenizer to `folder` for transformers' AutoTokenizer.
+
+        `max_length` is the model's, in tokens. Raises OSError if it cannot be written.
+        """
+        for source, name in zip(vocabulary_files(), ("merges.txt", "vocab.json"), strict=True):
+            shutil.copyfile(source, folder / name)
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length,
+            "pad_token": "<|endoftext|>"})
+
+
+Tokenizer = GPT2Encoding | HubTokenizer
 
 
 def vocabulary_files() -> tuple[Path, Path]:
@@ -64,3 +100,51 @@ def get_tokenizer() -> GPT2Encoding:
     return GPT2Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
+
+
+def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint: a folder, a GGUF file, or a name of the hub.
+
+    Files that have not changed are read once per process.
+    Raises FileNotFoundError if the model has no tokenizer.json, OSError if the hub is out of reach,
+    ValueError for a tokenizer that is damaged or not supported.
+    """
+    gguf_file = gguf_path(name_or_dir)
+    folder = Path(name_or_dir)
+    files = [gguf_file] if gguf_file else [folder / f for f in (CONFIG, *TOKENIZER_FILES)]
+    stats = [(os.path.abspath(f), f.stat()) for f in files if f.is_file()]
+    return _load(name_or_dir, tuple((f, stat.st_size, stat.st_mtime_ns) for f, stat in stats))
+
+
+@lru_cache(maxsize=4)
+def _load(name_or_dir: str | Path, stamps: tuple[tuple[str, int, int], ...]) -> Tokenizer:
+    gguf_file = gguf_path(name_or_dir)
+    if not gguf_file and _is_gpt2(name_or_dir):
+        return get_tokenizer()
+    parts = (*read_gguf_tokenizer(gguf_file), "") if gguf_file else _read_parts(name_or_dir)
+    try:
+        return HubTokenizer(*parts)
+    except ValueError as error:
+        raise ValueError(f"{name_or_dir}: {error}") from None
+
+
+def _is_gpt2(name_or_dir: str | Path) -> bool:
+    return read_json(find_file(name_or_dir, CONFIG)).get("model_type", "gpt2") == "gpt2"
+
+
+def _read_parts(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return a checkpoint's tokenizer.json, its tokenizer_config.json and its chat template."""
+    contents, config, template = TOKENIZER_FILES
+    try:
+        tokenizer_json = read_json(find_file(name_or_dir, contents))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; the model's {contents} is needed") from None
+    found = ""
+    # Most checkpoints have their template in tokenizer_config.json; offline, the hub cannot say so.
+    with suppress(OSError):
+        path = find_file(name_or_dir, template)
+        try:
+            found = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8") from None
+    return tokenizer_json, read_json(find_file(name_or_dir, config)), found

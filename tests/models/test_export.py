@@ -28,7 +28,7 @@ def tuned(request: pytest.FixtureRequest, checkpoint: str) -> GPT:
 
 def test_transformers_says_what_our_model_says(tuned: GPT, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "merged"
-    export_model(tuned, folder)
+    export_model(tuned, get_tokenizer(), folder)
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Instruction: classify\nText: it's a fine — café ☕ film\nLabel:"
@@ -63,7 +63,7 @@ def to_gguf(folder: Path, path: Path, model: GPT) -> None:
 
 
 def test_export_converts_to_gguf_and_its_reader_lists_it(tuned: GPT, tmp_path: Path) -> None:
-    export_model(tuned, tmp_path / "merged")
+    export_model(tuned, get_tokenizer(), tmp_path / "merged")
     to_gguf(tmp_path / "merged", tmp_path / "model.gguf", tuned)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert {"token_embd.weight", "position_embd.weight", "output_norm.bias"} <= found.keys()
@@ -75,7 +75,7 @@ def test_export_converts_to_gguf_and_its_reader_lists_it(tuned: GPT, tmp_path: P
 def test_export_keeps_what_is_there(tuned: GPT, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match=r"export='.*mine' is there already; name a new"):
-        export_model(tuned, tmp_path / "mine")
+        export_model(tuned, get_tokenizer(), tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -85,7 +85,7 @@ def test_export_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("models.export.shutil.copyfile", full)
+    monkeypatch.setattr("models.tokenizer.shutil.copyfile", full)
     with pytest.raises(OSError, match="no space left"):
-        export_model(tuned, tmp_path / "merged")
+        export_model(tuned, get_tokenizer(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
