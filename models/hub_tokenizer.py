@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
@@ -197,13 +197,16 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _build(contents: dict[str, Any], special: Any) -> Tokenizer:
+def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
     """Return a tokenizer of whole, unpadded, plain texts; `special` names more special tokens."""
     try:
         tokenizer = Tokenizer.from_str(json.dumps(contents))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"tokenizer.json is damaged: {' '.join(str(error).split())}") from None
-    tokenizer.add_special_tokens([t for t in special if tokenizer.token_to_id(t) is not None])
+    added = tokenizer.get_added_tokens_decoder().values()
+    known = {token.content for token in added if token.special}  # with white space of their own
+    tokenizer.add_special_tokens([
+        name for name in special if name not in known and tokenizer.token_to_id(name) is not None])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
