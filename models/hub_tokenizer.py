@@ -111,9 +111,8 @@ class HubTokenizer:
             raise ValueError(NO_CHAT)
         special = sorted(self._special, key=len, reverse=True)
         hidden, restored = _hide(message, special)
-        rendered = self._render(hidden)
-        return [i for part in self._split(rendered, special) for i in self._encode_part(
-            part, restored)]
+        parts = self._split(self._render(hidden), special)
+        return [i for part in parts for i in self._encode_part(part, restored)]
 
     def save_pretrained(self, folder: Path, max_length: int) -> None:
         """Write the tokenizer to `folder` for transformers' AutoTokenizer.
