@@ -17,50 +17,19 @@ from torch import Tensor
 
 from checkpoints.files import local_path
 from configurator import Bounds
-from model import IGNORE, GPTConfig
-from models.tokenizer import get_tokenizer
-from tasks.base import ClassificationTask, Task, line_ends, prompt_template
+from model import IGNORE, DecoderConfig
+from models.tokenizer import Tokenizer, get_tokenizer
+from tasks.base import Task, line_ends, prompt_template
 from tasks.python_code import PythonCodesTask
+from tasks.sentiment import PROMPTS, SentimentTask
 from tasks.sources import SPLITS, Record, data_digest
 
 ANSWER_ROOM = 8  # tokens kept free after every prompt, at least
-PROMPTS = {
-    "default": (
-        "Instruction: Please read the following text and classify it as either positive or "
-        "negative sentiment. Positive sentiment means that the writer enjoys or praises what the "
-        "text is about. Negative sentiment means that the writer dislikes or criticizes it. "
-        "Answer with one word, positive or negative.\nText: {text}\nLabel:"
-    ),
-    "terse": "Instruction: Classify the sentiment.\nText: {text}\nLabel:",
-    "detailed": (
-        "Instruction: You are given one sentence from a film review. Decide what its writer "
-        "thought of the film. Weigh praise of the acting, the story, the pictures and the music "
-        "against complaints about them, and look through irony: a compliment can be meant as "
-        "mockery. If the sentence as a whole would draw people into the cinema, its label is "
-        "positive. If it would keep them away, its label is negative. Mixed sentences take the "
-        "label of their stronger side. Write the label and nothing else.\nText: {text}\nLabel:"
-    ),
-    "question": (
-        "Text: {text}\nInstruction: Did the writer of this text like the film? Answer positive "
-        "for yes and negative for no.\nLabel:"
-    ),
-}
-
 
 def get_sentiment_prompt(text: str, label: str = "", prompt: str = "default") -> str:
     """Return the prompt for `text`; a `label` word, if given, follows as the answer."""
     answer = f" {label.strip()}" if label.strip() else ""
     return prompt_template(prompt, PROMPTS).replace("{text}", text) + answer
-
-
-class SentimentTask(ClassificationTask):
-    """Decide whether a film review is positive."""
-
-    name = "sentiment"
-    dataset = "rotten_tomatoes"
-    prompts = PROMPTS
-    labels = ("negative", "positive")
-    noun = "reviews"
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (SentimentTask, PythonCodesTask)}
@@ -195,12 +164,12 @@ class CustomDataLoader:
 
     def __init__(
         self, dataset: str, task: Task, block_size: int, train_size: int = 0,
-        seed: int = 0, share_prefix: bool = True,
+        seed: int = 0, share_prefix: bool = True, tokenizer: Tokenizer | None = None,
     ) -> None:
         self.dataset, self.data_sha256 = dataset, data_digest(dataset)
         self.task, self.block_size = task, block_size
         self.train_size, self.seed, self.share_prefix = train_size, seed, share_prefix
-        self.tokenizer = get_tokenizer()
+        self.tokenizer = task.tokenizer = tokenizer or get_tokenizer()  # GPT-2's
         self._records: dict[str, list[Record]] = {}
 
     def records(self, split: str) -> list[Record]:
@@ -239,14 +208,15 @@ class CustomDataLoader:
         Raises ValueError if no token of the text fits beside the instruction.
         """
         room = max(room, self.answer_room)
-        ids, limit = self._encode(self.task.prompt(record)), self.block_size - room
-        text_ids = self._encode(record[self.task.text_field]) if len(ids) > limit else []
+        ids, limit = self.encode_whole(record), self.block_size - room
+        text = record[self.task.text_field]
+        text_ids = self.tokenizer.encode_ordinary(text) if len(ids) > limit else []
         kept, copies = len(text_ids), self.task.template.count("{text}") or 1
         while len(ids) > limit:
             over = -(-(len(ids) - limit) // copies)
             kept = max(kept - over, min(kept - 1, 1), 0)  # a single token is the last try
             text = self.tokenizer.decode(text_ids[:kept], errors="ignore")
-            ids = self._encode(self.task.prompt(record | {self.task.text_field: text}))
+            ids = self.encode_whole(record | {self.task.text_field: text})
             if not text:
                 raise ValueError(f"block_size={self.block_size} is too small for an instruction of "
                                  f"{len(ids)} tokens, an answer of {room} and some text")
@@ -257,7 +227,7 @@ class CustomDataLoader:
     def encode(self, record: Record) -> Example:
         """Return prompt and answer; an answer that was cut does not end with end-of-text."""
         prompt = self.encode_prompt(record)
-        answer = [*self._encode(self.task.answer(record)), self.tokenizer.eot_token]
+        answer = [*self.encode_answer(self.task.answer(record)), self.tokenizer.eot_token]
         return Example(prompt, answer[: self.block_size - len(prompt)])
 
     @property
@@ -268,7 +238,7 @@ class CustomDataLoader:
     def texts_cut(self, records: Iterable[Record], room: int = 0) -> int:
         """Count the `records` whose text `encode_prompt` cuts."""
         limit = self.block_size - max(room, self.answer_room)
-        return sum(len(self._encode(self.task.prompt(record))) > limit for record in records)
+        return sum(len(self.encode_whole(record)) > limit for record in records)
 
     def notes(self) -> list[str]:
         """Return sentences on what is cut to fit, and on test texts that are in training, too."""
@@ -281,9 +251,16 @@ class CustomDataLoader:
         counts[f"of {len(test):,} texts in test are also in train"] = self.task.shared(train, test)
         return [f"{count:,} {said}" for said, count in counts.items() if count]
 
-    def _encode(self, text: str) -> list[int]:
-        """Tokenize plain text; a special token spelled out in a review stays plain text."""
-        return self.tokenizer.encode_ordinary(text)
+    def encode_whole(self, record: Record) -> list[int]:
+        """Return the token ids of a prompt, uncut; a special token in a review is plain text."""
+        text = self.task.prompt(record)
+        if self.task.chat:
+            return self.tokenizer.encode_chat(text)
+        return [*self.tokenizer.start, *self.tokenizer.encode_ordinary(text)]
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Tokenize an answer, which continues a prompt; in a chat it begins a message."""
+        return self.tokenizer.encode_answer(answer.lstrip() if self.task.chat else answer)
 
     @cached_property
     def _training_set(self) -> tuple[list[Example], list[int]]:
@@ -314,8 +291,12 @@ class CustomDataLoader:
         return make_batches(examples, prefix, batch_size)
 
 
-def make_loader(config: DataConfig, shape: GPTConfig) -> CustomDataLoader:
+def make_loader(
+    config: DataConfig, shape: DecoderConfig, tokenizer: Tokenizer | None = None
+) -> CustomDataLoader:
     """Return the loader of `config`'s data, in sequences that a model of this `shape` can hold.
+
+    `tokenizer` is the model's; the default is GPT-2's.
 
     Raises ValueError if `block_size` exceeds the model's or if its vocabulary is too small.
     """
@@ -324,7 +305,13 @@ def make_loader(config: DataConfig, shape: GPTConfig) -> CustomDataLoader:
     task = make_task(config.task, config.prompt)
     loader = CustomDataLoader(
         resolve_dataset(config).dataset, task, config.block_size or shape.block_size,
-        config.train_size, config.seed)
+        config.train_size, config.seed, tokenizer=tokenizer)
     if shape.vocab_size < loader.tokenizer.n_vocab:
-        raise ValueError(f"vocab_size={shape.vocab_size} of the model is below GPT-2's 50257")
+        raise ValueError(f"vocab_size={shape.vocab_size} of the model is below the "
+                         f"{loader.tokenizer.n_vocab} tokens of its tokenizer")
+    if loader.tokenizer.eot_token not in shape.end_of_text:
+        raise ValueError(f"the model ends a text with {shape.end_of_text}, its tokenizer with "
+                         f"{loader.tokenizer.eot_token}")
+    if task.chat and not loader.tokenizer.has_chat:
+        loader.tokenizer.encode_chat("")  # says what is missing
     return loader

@@ -25,7 +25,7 @@ from checkpoints.files import (
     writable_folder,
     write_json,
 )
-from checkpoints.hub_format import checkpoint_digest
+from checkpoints.pretrained import checkpoint_digest
 from configurator import Bounds, run_script
 from dataloader import (
     CustomDataLoader,
@@ -37,8 +37,10 @@ from dataloader import (
     resolve_dataset,
 )
 from methods.build import MethodConfig, load_checkpoint
-from model import GPT, IGNORE
+from model import IGNORE, Decoder
 from models.export import export_model
+from models.families import load_decoder
+from models.tokenizer import load_tokenizer
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -109,7 +111,7 @@ class Question(DataConfig):
 class Subject(NamedTuple):
     """A model to score, the settings behind it, and the folder of its results."""
 
-    model: GPT
+    model: Decoder
     settings: ModelSettings
     folder: Path
     dtype: torch.dtype
@@ -128,13 +130,13 @@ class ModelSampler:
     """
 
     def __init__(
-        self, model: GPT, loader: CustomDataLoader, dtype: torch.dtype = torch.float32,
+        self, model: Decoder, loader: CustomDataLoader, dtype: torch.dtype = torch.float32,
         batch_size: int = 64, max_new_tokens: int = 0, temperature: float = 0.0, top_k: int = 0,
     ) -> None:
         self.model, self.loader, self.dtype = model, loader, dtype
         self.batch_size, self.temperature, self.top_k = batch_size, temperature, top_k
         self.max_new_tokens = max_new_tokens or loader.longest_answer
-        self.choice_ids = [loader.tokenizer.encode_ordinary(choice)[0]
+        self.choice_ids = [loader.encode_answer(choice)[0]
                            for choice in loader.task.choices]
         if len(set(self.choice_ids)) < len(self.choice_ids):
             raise ValueError(f"two of {', '.join(loader.task.choices)} begin with the same token")
@@ -216,9 +218,9 @@ class ModelSampler:
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Return the text up to end-of-text, its number of tokens, and whether it ended."""
-        ended = self.loader.tokenizer.eot_token in ids
-        length = ids.index(self.loader.tokenizer.eot_token) if ended else len(ids)
-        return self.loader.tokenizer.decode(ids[:length]), length, ended
+        ends = self.model.config.end_of_text
+        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return self.loader.tokenizer.decode(ids[:length]), length, length < len(ids)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, device=self.model.device)
@@ -308,10 +310,11 @@ def load_subject(config: GenerateConfig) -> Subject:
     device = start_processes(config.device)
     if config.init_from != "resume":
         folder = Path(config.out_dir, f"zero_shot-{slug(config.init_from)}")
-        model = GPT.from_pretrained(config.init_from).to(device)
+        model = load_decoder(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
         base = {"base_sha256": checkpoint_digest(config.init_from)}
-        return Subject(model, UNTRAINED, folder, dtype, dtype_name(dtype), "", base, {})
+        settings = replace(UNTRAINED, init_from=config.init_from)
+        return Subject(model, settings, folder, dtype, dtype_name(dtype), "", base, {})
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     stamp = weights_stamp(folder)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
@@ -326,15 +329,16 @@ def load_subject(config: GenerateConfig) -> Subject:
 def answer(config: GenerateConfig) -> None:
     """Export the model, answer one text, or score a split; rank 0 writes and prints."""
     subject = load_subject(config)
+    tokenizer = load_tokenizer(subject.settings.init_from)
     if config.export:
         if rank() == 0:
-            export_model(subject.model, Path(config.export))
+            export_model(subject.model, tokenizer, Path(config.export))
             print(f"written: {config.export}")
         return
     question = resolve_question(config, subject.settings, dtype_name(subject.dtype))
     own = resolve_question(GenerateConfig(task=question.task, split=question.split),
                            subject.settings, subject.own_dtype)
-    loader = make_loader(question, subject.model.config)
+    loader = make_loader(question, subject.model.config, tokenizer)
     question, own = (replace(asked, max_new_tokens=asked.max_new_tokens or loader.longest_answer)
                      for asked in (question, own))
     sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,

@@ -1,42 +1,92 @@
 """GPT-2 (Radford et al., 2019) in nanoGPT's shape, with LoRA on selected projections.
 
-Dimensions: B batch, T tokens, P tokens of a shared prefix, S tokens of a row after it, W positions
-that need an output, C width (n_embd), H heads, D = C / H, V vocabulary. Tensor names are GPT-2's,
-so that its published checkpoints load unchanged.
+`Decoder` is the machinery that GPT-2 shares with the families in `models/`: it computes losses
+behind a shared prefix, generates, loads and saves. Dimensions: B batch, T tokens, P tokens of a
+shared prefix, S tokens of a row after it, W positions that need an output, C width (n_embd), H
+heads, D = C / H, V vocabulary. Tensor names are GPT-2's, so that its checkpoints load unchanged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.hub_format import END_OF_TEXT, read_hub_layout, write_hub_layout
-from lora import LoRALinear, check_state, is_lora_name, lora_layers
-from runtime.kernels import attend, linear
-from runtime.kv_cache import Cache, KeyValue
+from checkpoints.layouts import END_OF_TEXT, GPT2, Layout
+from checkpoints.pretrained import read_shape, read_weights, write_pretrained
+from lora import LoRALinear, is_lora_name, lora_layers
+from runtime.kernels import at_positions, attend, choose_token, linear
+from runtime.kv_cache import Cache, KeyValue, Prefix, View, prefix_length
 
 IGNORE = -100  # target of a position that is not supervised
 MAX_RANK = 10_000  # more than any projection has features
-LORA_TARGETS = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-Prefix = list[KeyValue]  # of all layers, of batch 1
-Store = Callable[[Tensor, Tensor], KeyValue]  # appends keys and values, returns those of all tokens
 
 
 class Projection(LoRALinear):
     product = staticmethod(linear)
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape of a GPT-2 and its adapters; the defaults are `gpt2` (124M) without LoRA.
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What the shapes of all families share, and the adapters; raises ValueError if they misfit.
 
-    `lora_qkv="split"` gives q, k and v a rank-r pair each; "shared" gives them one A.
+    `lora_targets` are names of projections, or groups of them. `lora_qkv="split"` gives q, k and v
+    a rank-r pair each; "shared" gives them one A.
     """
+
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of projections: qkv, attention, all
+    known_tokens: ClassVar[int | None] = None  # in a vocabulary that is padded
+
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    end_of_text: tuple[int, ...] = (END_OF_TEXT,)  # each of these tokens ends an answer
+    dropout: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("qkv",)
+    lora_qkv: str = "split"
+
+    def __post_init__(self) -> None:
+        allowed = (*self.groups, *self.groups["all"])
+        if unknown := set(self.lora_targets) - set(allowed):
+            raise ValueError(f"lora_targets: unknown {', '.join(sorted(unknown))}; "
+                             f"allowed are {', '.join(allowed)}")
+        if self.lora_rank > MAX_RANK:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at most {MAX_RANK:,}")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError(f"lora_rank={self.lora_rank} needs at least one of lora_targets")
+        if self.lora_qkv not in ("split", "shared"):
+            raise ValueError(f"lora_qkv={self.lora_qkv!r} must be split or shared")
+
+    def linear(
+        self, target: str, in_features: int, out_features: int, bias: bool = True, parts: int = 1
+    ) -> Projection:
+        """Make the projection called `target`, of `parts` fused ones, adapted if targeted."""
+        targeted = any(target in self.groups.get(name, (name,)) for name in self.lora_targets)
+        return Projection(
+            in_features, out_features, bias, lora_rank=self.lora_rank if targeted else 0,
+            lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            lora_groups=parts if self.lora_qkv == "split" else 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(DecoderConfig):
+    """Shape of a GPT-2 and its adapters; the defaults are `gpt2` (124M) without LoRA."""
+
+    known_tokens = END_OF_TEXT + 1
+    groups = {  # noqa: RUF012
+        "qkv": ("c_attn",), "attention": ("c_attn", "attn.c_proj"),
+        "all": ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    }
 
     block_size: int = 1024
     vocab_size: int = 50257
@@ -44,36 +94,11 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     layer_norm_epsilon: float = 1e-5
-    dropout: float = 0.0
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("c_attn",)
-    lora_qkv: str = "split"
 
     def __post_init__(self) -> None:
-        if unknown := set(self.lora_targets) - set(LORA_TARGETS):
-            raise ValueError(
-                f"lora_targets: unknown {', '.join(sorted(unknown))}; "
-                f"allowed are {', '.join(LORA_TARGETS)}"
-            )
-        if self.lora_rank > MAX_RANK:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at most {MAX_RANK:,}")
-        if self.lora_rank and not self.lora_targets:
-            raise ValueError(f"lora_rank={self.lora_rank} needs at least one of lora_targets")
-        if self.lora_qkv not in ("split", "shared"):
-            raise ValueError(f"lora_qkv={self.lora_qkv!r} must be split or shared")
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-
-    def linear(self, target: str, in_features: int, out_features: int) -> Projection:
-        """Make the projection called `target`, adapted if it is among `lora_targets`."""
-        return Projection(
-            in_features, out_features,
-            lora_rank=self.lora_rank if target in self.lora_targets else 0,
-            lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            lora_groups=3 if (target, self.lora_qkv) == ("c_attn", "split") else 1,
-        )
 
 
 SIZES = {  # as OpenAI published them
@@ -88,22 +113,19 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = config.linear("c_attn", config.n_embd, 3 * config.n_embd)
+        self.c_attn = config.linear("c_attn", config.n_embd, 3 * config.n_embd, parts=3)
         self.c_proj = config.linear("attn.c_proj", config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, prefix: KeyValue | None, mask: Tensor | None, at: Tensor | None,
-        store: Store | None,
-    ) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, view: View) -> tuple[Tensor, KeyValue]:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if at is not None:
-            q = at_positions(q.transpose(1, 2), at).transpose(1, 2)  # (B, H, W, D)
-        if store is not None:
-            k, v = store(k, v)  # each (B, H, S, D)
-        y = attend(q, k, v, prefix, mask, self.dropout if self.training else 0.0)
+        if view.at is not None:
+            q = at_positions(q.transpose(1, 2), view.at).transpose(1, 2)  # (B, H, W, D)
+        if view.store is not None:
+            k, v = view.store(k, v)  # each (B, H, S, D)
+        y = attend(q, k, v, view.prefix, view.mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, -1, C)  # (B, T or W, C)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
@@ -127,49 +149,52 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, prefix: KeyValue | None = None, mask: Tensor | None = None,
-        at: Tensor | None = None, store: Store | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, view: View) -> tuple[Tensor, KeyValue]:
         """Return the output for `x` (B, T, C), and the rows' own keys and values.
 
-        The output is (B, T, C), or (B, W, C) at the positions `at` (B, W). `store` appends the keys
-        and values of `x` to a cache and returns all that it holds.
+        The output is (B, T, C), or (B, W, C) at the positions `view.at`.
         """
-        attended, own = self.attn(self.ln_1(x), prefix, mask, at, store)
-        x = attended + (x if at is None else at_positions(x, at))
+        attended, own = self.attn(self.ln_1(x), view)
+        x = attended + (x if view.at is None else at_positions(x, view.at))
         return x + self.mlp(self.ln_2(x)), own
 
 
-class GPT(nn.Module):
-    """GPT-2 with the output head tied to the token embedding."""
+class Decoder(nn.Module):
+    """What all families compute alike, on their own `blocks`, `embed` and `rotation`."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    layout: ClassVar[Layout]  # of checkpoints
+    config_class: ClassVar[type[DecoderConfig]]
+    fan_in_fan_out = False  # whether transformers stores projections transposed
+
+    blocks: nn.ModuleList
+    norm: nn.Module  # after the last block
+    head: Tensor  # weight (V, C) of the output layer
+
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
-            "drop": nn.Dropout(config.dropout),
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
-        })
-        for name, parameter in self.named_parameters():
-            self._init_weight(name, parameter)
 
-    def _init_weight(self, name: str, parameter: Tensor) -> None:
-        """Draw from N(0, 0.02), scaled down into the residual stream (GPT-2 paper, section 2.3)."""
-        if is_lora_name(name) or ".ln_" in name:
-            return
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            residual = name.endswith("c_proj.weight")
-            nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** (0.5 * residual))
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Return the input (B, T, C) of the first block, in the precision of the norms."""
+        raise NotImplementedError
+
+    def rotation(self, positions: Tensor) -> Tensor | None:
+        """Return what the blocks rotate queries and keys by, if they do."""
+        return None
+
+    def init_weights(self, residual: tuple[str, ...]) -> None:
+        """Draw from N(0, 0.02), less where a layer writes to the residual stream (GPT-2, 2.3)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                shrinks = name.endswith(residual)
+                std = 0.02 / (2 * self.config.n_layer) ** (0.5 * shrinks)
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.wte.weight.device
+        return self.head.device
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None,
@@ -223,27 +248,23 @@ class GPT(nn.Module):
         positions, mask = torch.arange(P, P + T, device=idx.device), None
         if cache is not None and cache.used:
             positions, mask = P + cache.next_positions(), cache.next_mask()
-        # The residual stream has the precision of the layer norms, not that of the matrices.
-        dtype = self.transformer.ln_f.weight.dtype
-        x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
-        x = self.transformer.drop(x)  # (B, T, C)
+        x, rotation = self.embed(idx, positions), self.rotation(positions)  # (B, T, C)
         keys_and_values = []
-        for layer, block in enumerate(self.transformer.h):
+        for layer, block in enumerate(self.blocks):
             store = partial(cache.append, layer) if cache is not None else None
             chosen = at if layer == self.config.n_layer - 1 else None
             if chosen is not None:
                 mask = torch.arange(T, device=idx.device) <= at[:, None, :, None]  # (B, 1, W, T)
-            x, own = block(x, prefix[layer] if prefix else None, mask, chosen, store)
+            x, own = block(x, View(prefix and prefix[layer], mask, chosen, store, rotation))
             keys_and_values.append(own)
         if cache is not None:
             cache.advance(T)
-        return self.transformer.ln_f(x), keys_and_values
+        return self.norm(x), keys_and_values
 
     def _head(self, x: Tensor) -> Tensor:
-        """Return logits in the embedding's precision: 16 bits would make label words equal."""
-        weight = self.transformer.wte.weight
+        """Return logits in the head's precision: 16 bits would make label words equal."""
         with torch.autocast(x.device.type, enabled=False):
-            return linear(x.to(weight.dtype), weight)  # (..., C) x (C, V) -> (..., V)
+            return linear(x.to(self.head.dtype), self.head)  # (..., C) x (C, V) -> (..., V)
 
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -282,6 +303,7 @@ class GPT(nn.Module):
         lengths = idx.new_full((B,), T) if lengths is None else lengths
         cache = Cache(lengths, slots=min(T + max_new_tokens - 1, room))
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        ends = torch.tensor(self.config.end_of_text, device=idx.device)
         for _ in range(max_new_tokens):
             if cache.is_full():  # the window slides, which changes the position of every token
                 cache.restart(torch.full_like(lengths, room))
@@ -289,30 +311,29 @@ class GPT(nn.Module):
             at = None if cache.used else cache.lengths[:, None] - 1  # (B, 1)
             x, _ = self._run_blocks(tokens, past, at, cache)
             logits = self._head(x[:, -1])  # (B, V)
-            # A vocabulary may be padded with tokens that no tokenizer knows.
-            tokens = choose_token(logits[:, : END_OF_TEXT + 1], temperature, top_k).masked_fill(
-                ended[:, None], END_OF_TEXT)  # (B, 1)
+            tokens = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
+            tokens = tokens.masked_fill(ended[:, None], ends[0])  # (B, 1)
             yield logits, tokens
-            ended |= tokens[:, 0] == END_OF_TEXT
+            ended |= torch.isin(tokens[:, 0], ends)
             if ended.all():
                 return
             context = torch.cat((context, tokens), dim=1)[:, -room:]
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, **changes: Any) -> "GPT":
-        """Load `gpt2-mini`, a local folder or a hub id in the Hugging Face layout, in float32.
+    def from_pretrained(cls, name_or_dir: str | Path, **changes: Any) -> "Decoder":
+        """Load a checkpoint of this family by its name, its path or its hub id, in float32.
 
-        A Path is a local folder, never a hub id.
-        `changes` are fields of `GPTConfig` (dropout, LoRA); fresh adapters change no output.
+        A Path is a local folder or file, never a hub id. `changes` are fields of the config
+        (dropout, LoRA); fresh adapters change no output.
 
-        Raises ValueError for an architecture or tensors that are not GPT-2's, OSError for files
-        that are missing or out of reach.
+        Raises ValueError for an architecture or tensors that are not this family's, OSError for
+        files that are missing or out of reach.
         """
-        shape, weights = read_hub_layout(name_or_dir)
+        shape = read_shape(name_or_dir, cls.layout)
         with torch.device("meta"):  # the weights come from the file: do not initialise any
-            model = cls(GPTConfig(**shape, **changes))
+            model = cls(cls.config_class(**shape, **changes))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
-        check_state(base, weights, str(name_or_dir))
+        weights = read_weights(name_or_dir, cls.layout, base)
         model.load_state_dict(weights, strict=False, assign=True)
         for layer in lora_layers(model).values():
             layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device="cpu"), False)
@@ -331,57 +352,39 @@ class GPT(nn.Module):
         weights = {name: t for name, t in self.state_dict().items() if not is_lora_name(name)}
         for name, layer in lora_layers(self).items():
             weights[f"{name}.weight"] = layer.merged_weight()
-        write_hub_layout(folder, asdict(self.config), weights)
+        write_pretrained(folder, self.layout, asdict(self.config), weights)
 
 
-class SharedPrefix:
-    """Keys and values of a prefix that all batches share: one forward and one backward pass.
+class GPT(Decoder):
+    """GPT-2 with the output head tied to the token embedding."""
 
-    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters.
-    """
+    layout, config_class, fan_in_fan_out = GPT2, GPTConfig, True
 
-    def __init__(self, model: GPT, prefix: Tensor) -> None:
-        self.computed = [tensor for pair in model.prefill(prefix.to(model.device))
-                         for tensor in pair]
-        self.leaves = [self._leaf(tensor) for tensor in self.computed]
-        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
+        })
+        self.init_weights(residual=("c_proj",))
 
-    @staticmethod
-    def _leaf(computed: Tensor) -> Tensor:
-        leaf = computed.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        leaf.requires_grad = computed.requires_grad
-        leaf.grad = torch.zeros_like(leaf) if computed.requires_grad else None
-        return leaf
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
 
-    def backward(self) -> None:
-        pairs = [(tensor, leaf.grad.to(tensor.dtype))
-                 for tensor, leaf in zip(self.computed, self.leaves, strict=True)
-                 if tensor.requires_grad]
-        if pairs:  # empty without a prefix, or if no adapter acts on keys and values
-            tensors, gradients = zip(*pairs, strict=True)
-            torch.autograd.backward(tensors, gradients)
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.transformer.ln_f
 
+    @property
+    def head(self) -> Tensor:
+        return self.transformer.wte.weight
 
-def at_positions(x: Tensor, at: Tensor) -> Tensor:
-    """Return `x` (B, T, ...) at the positions `at` (B, W): (B, W, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], at]
-
-
-def prefix_length(prefix: Prefix | None) -> int:
-    return prefix[0][0].size(2) if prefix else 0
-
-
-def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
-    if not (temperature >= 0 and (top_k or 0) >= 0):
-        raise ValueError(f"temperature={temperature} and top_k={top_k} must not be negative")
-    if temperature == 0 or top_k == 1:
-        return logits.argmax(dim=-1, keepdim=True)
-    # Subtract the largest logit first, so that no temperature overflows; one that float32 rounds
-    # to zero would divide zero by zero.
-    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        # The residual stream has the precision of the layer norms, not that of the matrices.
+        dtype = self.norm.weight.dtype
+        x = self.transformer.wte(idx).to(dtype) + self.transformer.wpe(positions).to(dtype)
+        return self.transformer.drop(x)  # (B, T, C)

@@ -1,4 +1,4 @@
-"""Fine-tune a GPT-2 on instruction prompts, with LoRA or in full, and score it on the test split.
+"""Fine-tune a decoder on instruction prompts, with LoRA or in full, and score it on the test split.
 
 python train.py config/quickstart.py                 two minutes on a laptop, offline
 python train.py lora_rank=16 lora_alpha=64           gpt2-medium, as in the homework
@@ -17,15 +17,16 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.files import anchored
-from checkpoints.hub_format import checkpoint_digest
-from checkpoints.peft_format import save_adapter
+from checkpoints.pretrained import PACKAGED, checkpoint_digest
 from checkpoints.trainer_state import STATE_FILE, TrainerState
 from configurator import Bounds, configure, run_script
 from dataloader import Batch, DataConfig, make_loader, resolve_dataset
 from generate import ModelSampler, score
 from lora import count_parameters
-from methods.build import MethodConfig, build_model, load_checkpoint
-from model import GPT, SharedPrefix
+from methods.build import MethodConfig, build_model, load_checkpoint, save_checkpoint
+from model import Decoder
+from models.families import load_decoder
+from models.tokenizer import load_tokenizer
 from runtime import result_files, run_folder
 from runtime.device import (
     DeviceConfig,
@@ -36,6 +37,7 @@ from runtime.device import (
     peak_memory,
     set_up_memory,
 )
+from runtime.kv_cache import SharedPrefix
 from runtime.metrics import MetricsLog
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 from runtime.processes import (
@@ -88,7 +90,7 @@ PROGRESS = ("iteration", "evaluated", "checkpoints")
 
 
 def train_step(
-    model: GPT, batches: list[Batch], optimizer: torch.optim.Optimizer,
+    model: Decoder, batches: list[Batch], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, grad_clip: float, dtype: torch.dtype,
 ) -> float:
     """Take one optimizer step on a window of batches; return its loss in nats a token.
@@ -99,7 +101,7 @@ def train_step(
     supervised = sum(batch.supervised_tokens for batch in batches)
     losses = torch.zeros(len(batches), device=model.device)
     with autocast(model.device, dtype):
-        prefix = SharedPrefix(model, batches[0].prefix)
+        prefix = SharedPrefix(model.prefill(batches[0].prefix.to(model.device)))
     for i in own_share(range(len(batches))):
         with autocast(model.device, dtype):
             batch = batches[i].to(model.device)
@@ -123,7 +125,7 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, batches: list[Batch], dtype: torch.dtype) -> float:
+def validation_loss(model: Decoder, batches: list[Batch], dtype: torch.dtype) -> float:
     """Return the mean loss in nats over the supervised tokens of fixed batches, on all ranks."""
     model.eval()
     total = torch.zeros((), device=model.device)
@@ -154,7 +156,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, config, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # all ranks share their adapters, not their dropout
-        self.loader = make_loader(config, self.model.config)
+        self.loader = make_loader(
+            config, self.model.config, load_tokenizer(config.init_from))
         self.digests = {"base_sha256": checkpoint_digest(config.init_from),
                         "data_sha256": self.loader.data_sha256}
         # What is wrong with the test split is an error now, not after the training.
@@ -177,7 +180,7 @@ class Run:
         self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
                         if rank() == 0 and not (saved and config.eval_only) else MetricsLog(None))
         if config.compile:
-            for block in self.model.transformer.h:
+            for block in self.model.blocks:
                 block.compile(dynamic=True)
 
     @property
@@ -224,10 +227,7 @@ class Run:
 
     def save_checkpoint(self, name: str, loss: float) -> None:
         result_files.forget_results(self.folder / name)
-        if self.config.lora_rank:
-            save_adapter(self.model, self.folder / name, self.config.init_from)
-        else:
-            self.model.save_pretrained(self.folder / name)
+        save_checkpoint(self.folder / name, self.config, self.model, self.loader.tokenizer)
         self.checkpoints[name] = {"iteration": self.iteration, "loss": loss}
 
     @property
@@ -320,7 +320,7 @@ def score_checkpoint(run: Run, name: str) -> dict[str, Any]:
     """Score the checkpoint called `name`, as saved, on the test split; "base" is untrained."""
     config = run.config
     if name == "base":
-        model = GPT.from_pretrained(config.init_from).to(run.device)
+        model = load_decoder(config.init_from).to(run.device)
     else:
         model = load_checkpoint(run.folder / name, config, run.device, run.dtype)
     sampler = ModelSampler(model, run.loader, run.dtype, config.eval_batch_size)
@@ -357,7 +357,7 @@ def print_start(run: Run) -> None:
 def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]]:
     """Run `config` to its end; return the test results of the best and the last checkpoint."""
     config = resolve_dataset(config)
-    config = replace(config, init_from=anchored(config.init_from, ["gpt2-mini"]),
+    config = replace(config, init_from=anchored(config.init_from, PACKAGED),
                      dataset=anchored(config.dataset, NAMES),
                      lr_decay_iters=config.lr_decay_iters or config.max_iters)
     run = Run(config, resume)

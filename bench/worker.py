@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from bench.rivals import HandoutStyle, Ours, PeftStyle
-from checkpoints.hub_format import END_OF_TEXT
+from checkpoints.layouts import END_OF_TEXT
 from model import GPT, SIZES, GPTConfig
 from models.tokenizer import get_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory

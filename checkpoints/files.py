@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 TEMPORARY = r"\..+\.\d+\.partial(\.\w+)?"  # the names of `atomic_write`'s temporary files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -73,10 +74,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file; raise as `read_tensors` does."""
+def meta_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the header of a safetensors file as tensors that have shapes, but no data.
+
+    Raises as `read_tensors` does.
+    """
     with _refusing_damage(path), safe_open(path, "pt") as file:
-        return list(file.keys())
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()}  # noqa: SIM118
 
 
 def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -84,17 +89,39 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises as `read_tensors` does.
     """
-    for name in tensor_names(path):
+    for name in meta_tensors(path):
         # Closing the file unmaps its pages.
         with _refusing_damage(path), safe_open(path, "pt") as file:
             yield name, file.get_tensor(name)
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a `pytorch_model.bin` into memory, without running any code in it.
+
+    Raises ValueError if the file holds anything else.
+    """
+    try:
+        mmap = zipfile.is_zipfile(path)  # the older format cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or holds more than tensors: {reason}") from None
+    sound = isinstance(tensors, dict) and all(
+        isinstance(name, str) and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided and 0 not in tensor.stride()
+        for name, tensor in tensors.items())
+    if not sound:
+        raise ValueError(f"{path} must hold plain tensors by their names")
+    return tensors
 
 
 @contextmanager
 def _refusing_damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, TypeError) as error:  # torch raises the second for an absurd shape
+    except (SafetensorError, TypeError, RuntimeError) as error:  # torch's, for absurd shapes
         reason = str(error).partition("\n")[0]  # without torch's C++ trace
         raise ValueError(f"{path} is not a safetensors file, or damaged: {reason}") from None
 

@@ -76,8 +76,8 @@ def peft_state_dict(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
         "r": rank, "lora_alpha": layer.lora_alpha, "lora_dropout": layer.lora_dropout.p,
         "target_modules": sorted(targets),
         "rank_pattern": ranks, "alpha_pattern": alphas,
-        "fan_in_fan_out": True, "use_rslora": layer.lora_rank_stabilized, "use_dora": False,
-        "modules_to_save": None,
+        "fan_in_fan_out": getattr(model, "fan_in_fan_out", False),
+        "use_rslora": layer.lora_rank_stabilized, "use_dora": False, "modules_to_save": None,
     }
     return config, tensors
 

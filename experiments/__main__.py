@@ -31,6 +31,7 @@ from experiments.report import check_folder, write_report
 from experiments.results import Row
 from experiments.time_estimate import Estimate
 from generate import GenerateConfig
+from methods.build import GPT2_TARGETS
 from runtime.run_folder import FREE_SETTINGS
 from tasks.scores import table
 from train import TrainConfig
@@ -99,6 +100,8 @@ def fingerprint(settings: Mapping[str, Any], names: Collection[str]) -> str:
     """Hash the settings called `names` that change what a run computes."""
     essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)
                  if key in names}
+    if essential.get("lora_targets") in GPT2_TARGETS:  # as all folders were named at first
+        essential["lora_targets"] = GPT2_TARGETS[essential["lora_targets"]]
     return hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
 
 

@@ -15,6 +15,7 @@ from checkpoints.files import atomic_write, local_path, writable_folder
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, TaskConfig, make_task, resolve_dataset
 from experiments.figures import length_histograms
+from models.tokenizer import load_tokenizer
 from tasks.scores import table
 from tasks.sources import SPLITS
 
@@ -27,6 +28,7 @@ class AnalysisConfig(TaskConfig):
 
     block_size: Annotated[int, "longest sequence in tokens", Bounds(16)] = 1024
     out_dir: Annotated[str, "folder for lengths.png", local_path] = "out/analysis"
+    init_from: Annotated[str, "the model whose tokens are counted", local_path] = "gpt2-mini"
 
 
 class Lengths(NamedTuple):
@@ -43,7 +45,7 @@ def measure(loader: CustomDataLoader, split: str) -> Lengths:
     task, encode = loader.task, loader.tokenizer.encode_ordinary
     records, end = loader.records(split), loader.tokenizer.eot_token
     examples = [loader.encode(record) for record in records]
-    prompts = [len(encode(task.prompt(record))) for record in records]
+    prompts = [len(loader.encode_whole(record)) for record in records]
     return Lengths(
         [len(encode(record[task.text_field])) for record in records],
         [len(encode(task.answer(record))) for record in records],
@@ -63,7 +65,8 @@ def main(config: AnalysisConfig) -> None:
     if picture.exists() and MARK.encode() not in picture.read_bytes():
         raise ValueError(f"{picture} is no picture of this command; choose another out_dir")
     task, dataset = make_task(config.task, config.prompt), resolve_dataset(config).dataset
-    loader = CustomDataLoader(dataset, task, config.block_size)
+    loader = CustomDataLoader(
+        dataset, task, config.block_size, tokenizer=load_tokenizer(config.init_from))
     lengths = {split: measure(loader, split) for split in SPLITS}
     print(f"{dataset}: " + ", ".join(f"{name} {number:,}"
                                      for name, number in task.census(dataset).items()))

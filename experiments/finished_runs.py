@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints.files import read_json
-from checkpoints.hub_format import checkpoint_digest
+from checkpoints.pretrained import PACKAGED, checkpoint_digest
 from dataloader import make_task, resolve_dataset
 from runtime.metrics import METRICS_FILE, read_metrics
 from runtime.run_folder import CONFIG_FILE, SavedRun, changed_settings, read_run
@@ -184,7 +184,7 @@ def changed_sources(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     base = str(settings.get("init_from", TrainConfig.init_from))
     sources = [("data", "data_sha256", data_digest,
                 str(settings.get("dataset", TrainConfig.dataset)))]
-    if base == "gpt2-mini" or Path(base).is_dir():  # the hub is not asked
+    if base in PACKAGED or Path(base).exists():  # the hub is not asked
         sources.append(("base model", "base_sha256", checkpoint_digest, base))
     changed = [name for name, fact, digest, source in sources
                if facts.get(fact) and digest_now(digest, source) not in ("", facts[fact])]

@@ -1,6 +1,7 @@
 """The plan of the experiments: which runs answer which question."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -8,11 +9,13 @@ from typing import Annotated, Any, NamedTuple
 from checkpoints.files import local_path, slug
 from configurator import Bounds
 from dataloader import find_task
+from model import GPT
+from models.families import family_of
+from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
 from train import TrainConfig
 
-ALL_LINEAR = "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
 RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
 
@@ -45,6 +48,19 @@ class Variant(NamedTuple):
     def trains(self) -> bool:
         """Whether its runs train; if not, generate.py scores the base model."""
         return "lora_rank" in self.changes
+
+
+class About(NamedTuple):
+    """What decides which questions a model can answer; a model out of reach counts as a GPT-2."""
+
+    fuses_qkv: bool = True
+    chats: bool = False
+
+
+def about_model(init_from: str) -> About:
+    with suppress(OSError, ValueError):  # whose reason the run itself gives
+        return About(family_of(init_from) is GPT, load_tokenizer(init_from).has_chat)
+    return About()
 
 
 def rates(config: ExperimentsConfig, peak: float, factor: float) -> dict[str, float]:
@@ -90,9 +106,8 @@ def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:
         ],
         "targets": [
             lora("r=64, q, k, v"),
-            lora("r=64, q, k, v and output", suffix="_attention",
-                 lora_targets="c_attn,attn.c_proj"),
-            lora("r=64, all linear layers", suffix="_all", lora_targets=ALL_LINEAR),
+            lora("r=64, q, k, v and output", suffix="_attention", lora_targets="attention"),
+            lora("r=64, all linear layers", suffix="_all", lora_targets="all"),
         ],
     }
 
@@ -100,7 +115,9 @@ def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:
 def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     """Return the homework's questions, about a task whose answers are single words."""
     lora, full = partial(adapted, config), partial(tuned, config)
-    prompts = list(dict.fromkeys([config.prompt, *find_task(config.task).prompts]))
+    model = about_model(config.init_from)
+    prompts = [name for name in dict.fromkeys([config.prompt, *find_task(config.task).prompts])
+               if name != "chat" or model.chats]
     peak, full_peak = config.learning_rate, config.full_learning_rate
     return {
         "shares": [],
@@ -116,10 +133,10 @@ def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
                   *(full(f"full, rate {rounded(full_peak * f)}", f) for f in FACTORS)],
         "layers": [
             lora("r=16, q, k, v: a pair each"),
-            lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared"),
-            lora("r=16, q, k, v and output", suffix="_attention",
-                 lora_targets="c_attn,attn.c_proj"),
-            lora("r=16, all linear layers", suffix="_all", lora_targets=ALL_LINEAR),
+            *([lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared")]
+              if model.fuses_qkv else []),
+            lora("r=16, q, k, v and output", suffix="_attention", lora_targets="attention"),
+            lora("r=16, all linear layers", suffix="_all", lora_targets="all"),
         ],
     }
 

@@ -1,6 +1,7 @@
 """The report of the experiments: tables and curves computed from the runs' folders."""
 
 import base64
+import html
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,13 +28,13 @@ from experiments.sections import (
 )
 from train import TrainConfig
 
-TITLE = "# LoRA on GPT-2"
+TITLE = "# LoRA on"  # the model follows
 # The page runs no script and loads nothing, whatever texts it holds.
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 img-src data:; base-uri 'none'; form-action 'none'">
-<title>LoRA on GPT-2"""
+<title>"""
 # The questions whose runs differ in cost.
 PRICED = ("curves", "prompts", "layers", "answers", "targets")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -72,7 +73,7 @@ def head(questions: Mapping[str, Sequence[Row]], config: TrainConfig, command: s
         used += [f"{name} {plain(', '.join(values))}"] if any(values) else []
     machine = f" The runs used: {'; '.join(used)}." if used else ""
     task = make_task(config.task)
-    return [f"{TITLE}: {config.task.replace('_', ' ')}", "",
+    return [f"{TITLE} {plain(Path(config.init_from).name)}: {config.task.replace('_', ' ')}", "",
             f"Model {code(config.init_from)}, data {code(config.dataset)}, {config.max_iters} "
             f"steps of {config.window} {task.noun}.{machine}", "",
             f"{task.explain_scores()} The best checkpoint is the one with the lowest validation "
@@ -141,4 +142,5 @@ def to_html(text: str, folder: Path) -> str:
         return f'{match[1]}src="data:image/png;base64,{picture}"'
 
     body = re.sub(r'(<img [^<>]*)src="(\w+\.png)"', inline, body)
-    return f"{PAGE}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    title = html.escape(text.partition("\n")[0].lstrip("# "))
+    return f"{PAGE}{title}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"

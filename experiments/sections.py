@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoints.hub_format import read_hub_shape
 from dataloader import find_task
 from experiments.escaping import fenced, plain
 from experiments.figures import accuracy_dots, heat_map, rate_lines, validation_curves
@@ -23,7 +22,8 @@ from experiments.results import (
     mean_and_deviation,
 )
 from lora import count_parameters, mark_only_lora_as_trainable
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES
+from models.families import family_of, load_config
 from runtime.metrics import training_seconds
 from tasks.scores import markdown_table, wilson_interval
 from train import TrainConfig
@@ -89,13 +89,14 @@ def accuracy_table(rows: Sequence[Row], against: Row) -> list[str]:
 def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
     ranks = RANKS[find_task(config.task).answers]
     titles = ["model", "all weights", *(f"r = {rank}" for rank in ranks)]
-    shapes = {config.init_from: GPTConfig(**read_hub_shape(config.init_from))}
+    family = family_of(config.init_from)
+    shapes = {config.init_from: load_config(config.init_from)} | (SIZES if family is GPT else {})
     lines = [titles]
-    for name, shape in (shapes | SIZES).items():
+    for name, shape in shapes.items():
         cells = []
         for rank in ranks:
             with torch.device("meta"):  # has shapes, but allocates no memory
-                model = GPT(replace(shape, lora_rank=rank))
+                model = family(replace(shape, lora_rank=rank))
             count = count_parameters(mark_only_lora_as_trainable(model))
             cells.append(f"{count.trained:,} ({count.share:.2%})")
         lines.append([plain(name), f"{count.total - count.trained:,}", *cells])

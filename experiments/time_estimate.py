@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from bench.flops import matrix_peak, useful_flops
-from checkpoints.hub_format import read_hub_shape
 from dataloader import CustomDataLoader, find_task, make_task
 from experiments.jobs import Job
-from model import GPTConfig
+from models.families import load_config
+from models.tokenizer import load_tokenizer
 from runtime.device import resolve_device, resolve_dtype
 from runtime.metrics import read_metrics, training_seconds
 from train import TrainConfig
@@ -29,7 +29,7 @@ class Estimate:
     """
 
     def __init__(self, config: TrainConfig, at_once: int, jobs: Iterable[Job]) -> None:
-        self.config, self.shape = config, GPTConfig(**read_hub_shape(config.init_from))
+        self.config, self.shape = config, load_config(config.init_from)
         self.tokens = cache(self.count_tokens)  # many runs share a prompt
         task, device = make_task(config.task, config.prompt), resolve_device(config.device)
         self.records = {split: task.read(config.dataset, split)
@@ -49,7 +49,8 @@ class Estimate:
         """Return the mean tokens of an example after the prefix, of the prefix, of an answer."""
         task = make_task(self.config.task, prompt)
         longest = self.config.block_size or self.shape.block_size
-        loader = CustomDataLoader(self.config.dataset, task, longest)
+        loader = CustomDataLoader(
+            self.config.dataset, task, longest, tokenizer=load_tokenizer(self.config.init_from))
         prompts, answers = zip(*map(loader.encode, self.records["test"][:100]), strict=True)
         prefix, answer = len(loader.prefix(prompts)), statistics.mean(map(len, answers))
         return statistics.mean(map(len, prompts)) - prefix + answer - 2, prefix, answer

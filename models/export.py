@@ -3,11 +3,11 @@
 import tempfile
 from pathlib import Path
 
-from model import GPT
+from model import Decoder
 from models.tokenizer import Tokenizer
 
 
-def export_model(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Write `model` with merged adapters and its tokenizer to a new folder, or nothing at all.
 
     transformers and the converters that build on it load the folder.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.hub_format import END_OF_TEXT
+from checkpoints.layouts import END_OF_TEXT
 from dataloader import epoch_order
 from models.tokenizer import get_tokenizer
 from tasks.sources import Record, label_text, read_records, show_row

@@ -1,9 +1,9 @@
-"""Linear layers and attention, computed with the fastest of torch's kernels.
+"""Linear layers, attention and sampling, computed with the fastest of torch's kernels.
 
 Dimensions as in `model.py`.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,14 @@ def attend(
 ) -> Tensor:
     """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a shared prefix and each row's keys.
 
-    q is (B, H, T, D); k and v, of each row's own tokens, are (B, H, S, D); `prefix` holds keys and
-    values (1, H, P, D) that all queries see. `mask` (B or 1, 1, T, S) is True where a query sees an
-    own key; without it attention is causal and S = T.
+    q is (B, H, T, D); k and v, of each row's own tokens, are (B, K, S, D), where H / K heads of
+    queries share one of keys. `prefix` holds keys and values (1, K, P, D) that all queries see.
+    `mask` (B or 1, 1, T, S) is True where a query sees an own key; without it attention is causal
+    and S = T.
     """
+    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=q.size(1) != k.size(1))
     if prefix is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        return sdpa(q, k, v, mask, dropout, is_causal=mask is None)
     (B, _, T, D), P = q.shape, prefix[0].size(2)
     prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
     if mask is None:
@@ -88,13 +90,18 @@ def attend(
         return _attend_in_parts(q, k, v, prefix, mask, dropout)
     k, v = (torch.cat((shared.expand(B, -1, -1, -1), own), dim=2)  # (B, H, P+S, D)
             for shared, own in zip(prefix, (k, v), strict=True))
-    return F.scaled_dot_product_attention(q, k, v, F.pad(mask, (P, 0), value=True), dropout)
+    return sdpa(q, k, v, F.pad(mask, (P, 0), value=True), dropout)
 
 
 def _attend_in_parts(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
 ) -> Tensor:
-    """Attend to the prefix for all rows in one product per head, without a copy for each row."""
+    """Attend to the prefix for all rows in one product per head, without a copy for each row.
+
+    Queries that share a key stand below each other, as if there were H / K times as many tokens.
+    """
+    shared, shape = q.size(1) // k.size(1), q.shape
+    q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
     (B, H, T, D), S = q.shape, k.size(2)
     prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
     q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))  # (H·B, T or S, D)
@@ -109,4 +116,25 @@ def _attend_in_parts(
     on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
     y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)  # (H, B·T, P) x (H, P, D)
     y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
-    return y.view(H, B, T, D).transpose(0, 1)  # (B, H, T, D)
+    return y.view(H, B, T, D).transpose(0, 1).reshape(shape)  # (B, H, T, D)
+
+
+def at_positions(x: Tensor, at: Tensor) -> Tensor:
+    """Return `x` (B, T, ...) at the positions `at` (B, W): (B, W, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], at]
+
+
+def choose_token(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Pick the next token (B, 1) from `logits` (B, V); temperature 0 or top_k 1 is greedy."""
+    if not (temperature >= 0 and (top_k or 0) >= 0):
+        raise ValueError(f"temperature={temperature} and top_k={top_k} must not be negative")
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(dim=-1, keepdim=True)
+    # Subtract the largest logit first, so that no temperature overflows; one that float32 rounds
+    # to zero would divide zero by zero.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)

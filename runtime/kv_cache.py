@@ -1,12 +1,27 @@
-"""The key-value cache of generation.
+"""Keys and values that are kept: the cache of generation, and a prefix that batches share.
 
 Dimensions as in `model.py`; S is the number of slots in use.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, H, tokens, D)
+Prefix = list[KeyValue]  # of all layers, of batch 1
+Store = Callable[[Tensor, Tensor], KeyValue]  # appends keys and values, returns those of all tokens
+
+
+class View(NamedTuple):
+    """What the tokens of one forward pass see in one layer, and which need an output."""
+
+    prefix: KeyValue | None = None  # of the tokens before them, for all rows
+    mask: Tensor | None = None  # (B or 1, 1, T or W, S): which own keys are seen; None is causal
+    at: Tensor | None = None  # positions (B, W) that need an output; None is all
+    store: Store | None = None  # appends to the cache of generation
+    rotation: Tensor | None = None  # of the positions, in families that rotate queries and keys
 
 
 class Cache:
@@ -52,3 +67,34 @@ class Cache:
         """Return which slots the next tokens see (B, 1, 1, S + 1): all but the padding."""
         slots = torch.arange(self.used + 1, device=self.lengths.device)
         return ((slots < self.lengths[:, None]) | (slots >= self.prompt_slots))[:, None, None]
+
+
+class SharedPrefix:
+    """A prefix, as `prefill` computed it, that all batches share: one forward and backward pass.
+
+    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters.
+    """
+
+    def __init__(self, computed: Prefix) -> None:
+        self.computed = [tensor for pair in computed for tensor in pair]
+        self.leaves = [self._leaf(tensor) for tensor in self.computed]
+        self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+
+    @staticmethod
+    def _leaf(computed: Tensor) -> Tensor:
+        leaf = computed.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        leaf.requires_grad = computed.requires_grad
+        leaf.grad = torch.zeros_like(leaf) if computed.requires_grad else None
+        return leaf
+
+    def backward(self) -> None:
+        pairs = [(tensor, leaf.grad.to(tensor.dtype))
+                 for tensor, leaf in zip(self.computed, self.leaves, strict=True)
+                 if tensor.requires_grad]
+        if pairs:  # empty without a prefix, or if no adapter acts on keys and values
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+
+def prefix_length(prefix: Prefix | None) -> int:
+    return prefix[0][0].size(2) if prefix else 0

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.files import read_json
 
 WEIGHT_FILES = ("config.json", "model.safetensors", "adapter_config.json",
-                "adapter_model.safetensors")
+                "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
 Stamp = Mapping[str, tuple[int, int]]
 
 

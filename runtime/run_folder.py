@@ -123,7 +123,8 @@ def changed_settings(
 
     A setting that `saved` lacks had its default: it was added later.
     """
-    saved = {field.name: field.default for field in fields(config)} | dict(saved)
+    known = {name: value for name, value in saved.items() if hasattr(config, name)}
+    saved = asdict(configure(type(config), [], known))  # in the words of this version
     return ", ".join(
         f"{name}={saved[name]!r}, now {value!r}" for name, value in asdict(config).items()
         if name not in FREE_SETTINGS and name not in ignore and saved[name] != value

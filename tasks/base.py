@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from models.tokenizer import get_tokenizer
 from tasks import scores
 from tasks.scores import Completion, Metric, Prediction, TextPrediction
 from tasks.sources import SPLITS, Record, label_text, read_records, show_row
@@ -93,6 +94,8 @@ class Task(ABC):
 
     def __init__(self, prompt: str = "default") -> None:
         self.template = prompt_template(prompt, self.prompts)
+        self.chat = prompt == "chat"  # in the model's own chat template
+        self.tokenizer = get_tokenizer()  # GPT-2's, until a loader brings the model's
 
     def prompt(self, record: Record) -> str:
         return self.template.replace("{text}", record[self.text_field])

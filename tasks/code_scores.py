@@ -5,13 +5,12 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from textwrap import dedent
 from typing import Any
 
 import numpy as np
 
-from models.tokenizer import get_tokenizer
 from tasks.scores import Metric, TextPrediction
 
 FENCED = re.compile(
@@ -80,7 +79,9 @@ def tell(prediction: TextPrediction) -> list[str]:
                   f"{'parses' if parses(code) else 'does not parse'} as Python)"]
 
 
-def summarize(outputs: Sequence[str], predictions: Sequence[TextPrediction]) -> dict[str, Any]:
+def summarize(
+    outputs: Sequence[str], predictions: Sequence[TextPrediction], tokens_of: Callable[[str], Sized]
+) -> dict[str, Any]:
     """Compare generated code with the right code; return scores with 95 % intervals.
 
     `perplexity` and `loss` (nats a token) are of the right answers. sacrebleu computes BLEU
@@ -110,7 +111,7 @@ def summarize(outputs: Sequence[str], predictions: Sequence[TextPrediction]) -> 
         array = np.array(values, dtype=float)
         results[name] = float(array.mean())
         intervals[name] = bootstrap(len(outputs), lambda chosen, a=array: a[chosen].mean(-1))
-    lengths = [len(get_tokenizer().encode_ordinary(output)) for output in outputs]
+    lengths = [len(tokens_of(output)) for output in outputs]
     return results | {"reference_tokens": float(np.mean(lengths)), "interval_95": intervals}
 
 

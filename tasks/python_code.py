@@ -122,6 +122,7 @@ class PythonCodesTask(Task):
     prompts: Mapping[str, str] = {
         "default": "Instruction: Answer with Python code.\nText: {text}\nAnswer:",
         "plain": "{text}\n",
+        "chat": "Answer with Python code.\n\n{text}",
     }
     text_field = "question"
     answer_tokens = 256
@@ -136,7 +137,8 @@ class PythonCodesTask(Task):
         return f"\n{record['output'].strip()}"
 
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
-        return code_scores.summarize([record["output"] for record in records], predictions)
+        return code_scores.summarize(
+            [record["output"] for record in records], predictions, self.tokenizer.encode_ordinary)
 
     def row(self, record: Record) -> Record:
         return {"question": record["question"], "reference": record["output"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import PROMPTS, CustomDataLoader, SentimentTask
 from generate import ModelSampler
 from model import GPT, GPTConfig
 from tasks.python_code import PythonCodesTask
@@ -15,6 +15,8 @@ from tasks.scores import Prediction
 
 TINY = GPTConfig(block_size=64, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
 END, POSITIVE, NEGATIVE = 50256, 3967, 4633
+GPT2_PROMPTS = {name: text for name, text in PROMPTS.items() if name != "chat"}
+LORA_TARGETS = GPTConfig.groups["all"]
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 

@@ -116,7 +116,7 @@ BAD_TRAINING = [
     (["device=cuda:99"], "device='cuda:99' is not usable here"),
     (["dataset=nowhere"], "dataset='nowhere' must be rotten_tomatoes"),
     (["prompt=nice"], "prompt='nice' must be one of default, terse, detailed, question"),
-    (["lora_targets=c_atn"], "lora_targets: unknown c_atn; allowed are c_attn"),
+    (["lora_targets=c_atn"], "unknown c_atn; allowed are qkv, attention, all, c_attn, attn.c_proj"),
     (["block_size=9999"], "block_size=9999, but the model has 256"),
     (["block_size=20"], "block_size=20 is too small for an instruction"),
     (["lr=1e30", "grad_clip=0"], "step 1: the loss of batch 1 of 2 is nan"),

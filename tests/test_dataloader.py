@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_models import GPT2_PROMPTS
 from torch.testing import assert_close
 
-from dataloader import PROMPTS, Batch, CustomDataLoader, SentimentTask, get_sentiment_prompt
+from dataloader import Batch, CustomDataLoader, SentimentTask, get_sentiment_prompt
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
 
@@ -31,7 +32,7 @@ ODD_TEXTS = {
     "many words": "awful film , " * 8_000,
 }
 
-each_prompt = pytest.mark.parametrize("prompt", [*PROMPTS, CUSTOM])
+each_prompt = pytest.mark.parametrize("prompt", [*GPT2_PROMPTS, CUSTOM])
 each_text = pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 
 
@@ -91,9 +92,9 @@ def test_prompt_of_the_course_has_no_space_before_its_answer() -> None:
 
 
 def test_there_are_four_templates_and_the_default_instruction_has_about_60_tokens() -> None:
-    assert len(PROMPTS) >= 4
-    assert 50 <= len(encode(PROMPTS["default"].split("{text}")[0])) <= 70
-    for template in PROMPTS.values():
+    assert len(GPT2_PROMPTS) >= 4
+    assert 50 <= len(encode(GPT2_PROMPTS["default"].split("{text}")[0])) <= 70
+    for template in GPT2_PROMPTS.values():
         assert template.count("{text}") == 1
         assert encode(template)[-2:] == [33986, 25]  # Label :
 
@@ -122,9 +123,9 @@ def test_prompt_to_complete_is_what_training_supervises_after(
 
 
 @each_text
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", GPT2_PROMPTS)
 def test_odd_and_long_reviews_are_cut_and_nothing_else_is(prompt: str, text: str) -> None:
-    before, after = PROMPTS[prompt].split("{text}")
+    before, after = GPT2_PROMPTS[prompt].split("{text}")
     block_size, record = len(encode(before + after)) + 60, {"text": text, "label": 0}
     loader = make_loader(prompt=prompt, block_size=block_size)
     for room in (8, 30):
@@ -208,7 +209,7 @@ def test_texts_cut_are_those_whose_prompt_is_shorter_than_the_whole(
 
 @pytest.mark.parametrize("prompt", ["defualt", "", "Is this good?"])
 def test_unknown_prompt_is_refused_and_names_the_known(prompt: str) -> None:
-    known = "default, terse, detailed, question, or a template with {text}"
+    known = "default, terse, detailed, question, chat, or a template with {text}"
     for use in (SentimentTask, lambda name: get_sentiment_prompt("dull", prompt=name)):
         with pytest.raises(ValueError, match=rf"^prompt='{prompt.replace('?', '.')}' .* {known}"):
             use(prompt)

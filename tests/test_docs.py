@@ -95,7 +95,7 @@ def test_homework_defaults_are_the_handouts() -> None:
     assert config.batch_size * config.gradient_accumulation_steps == 128
     handout = configure(TrainConfig, [str(ROOT / "config/handout.py")])
     assert (handout.batch_size, handout.gradient_accumulation_steps) == (4, 32)
-    assert (handout.lora_qkv, handout.lora_targets) == ("shared", "c_attn,attn.c_proj")
+    assert (handout.lora_qkv, handout.lora_targets) == ("shared", "attention")
 
 
 def test_settings_table_has_the_defaults_of_the_code() -> None:

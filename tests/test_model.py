@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from made_models import TINY
+from made_models import LORA_TARGETS, TINY
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoints.hub_format import END_OF_TEXT
+from checkpoints.layouts import END_OF_TEXT
 from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
-from model import GPT, IGNORE, LORA_TARGETS, SIZES, GPTConfig
+from model import GPT, IGNORE, SIZES, GPTConfig
 from runtime.device import autocast
 from runtime.kv_cache import Cache, KeyValue
 
@@ -403,7 +403,7 @@ def test_residual_stream_stays_float32_over_bfloat16_matrices(training: bool) ->
     expected, _ = model(idx)
     model.store_frozen_projections(torch.bfloat16)
     stream = []
-    for block in model.transformer.h:
+    for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: stream.append(output[0].dtype))
     with autocast(torch.device("cpu"), torch.bfloat16):
         logits, _ = model(idx)

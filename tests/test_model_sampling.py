@@ -9,9 +9,10 @@ import torch
 from made_models import TINY, make_sampler
 from torch import Tensor
 
-from checkpoints.hub_format import END_OF_TEXT
-from model import GPT, choose_token
+from checkpoints.layouts import END_OF_TEXT
+from model import GPT
 from models.tokenizer import get_tokenizer
+from runtime.kernels import choose_token
 
 PADDED = replace(TINY, vocab_size=50304, block_size=128)  # nanoGPT's, a multiple of 64
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from made_models import GPT2_PROMPTS
 
 from checkpoints.files import slug
 from configurator import Bounds, configure
-from dataloader import ANSWER_ROOM, PROMPTS, CustomDataLoader, SentimentTask
+from dataloader import ANSWER_ROOM, CustomDataLoader, SentimentTask
 from models.tokenizer import get_tokenizer
 
 many = settings(max_examples=300, deadline=None,
@@ -91,20 +92,20 @@ def loader(prompt: str) -> CustomDataLoader:
 
 @many
 @given(st.one_of(st.text(), st.sampled_from(ODD), st.lists(st.sampled_from(ODD), max_size=4).map(
-    "".join)), st.sampled_from(sorted(PROMPTS)))
+    "".join)), st.sampled_from(sorted(GPT2_PROMPTS)))
 def test_any_review_is_plain_text_that_fits(text: str, prompt: str) -> None:
     """Also one that spells out a label or end-of-text; only the review itself is ever cut."""
     ids = loader(prompt).encode_prompt({"text": text})
     assert len(ids) <= 256 - ANSWER_ROOM
     assert get_tokenizer().eot_token not in ids
-    before, after = PROMPTS[prompt].split("{text}")
+    before, after = GPT2_PROMPTS[prompt].split("{text}")
     decoded = get_tokenizer().decode(ids)
     assert decoded.startswith(before)
     assert decoded.endswith(after)
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     kept = decoded.removeprefix(before).removesuffix(after)
     assert whole.startswith(kept.rstrip("\N{REPLACEMENT CHARACTER}"))
-    if len(get_tokenizer().encode_ordinary(PROMPTS[prompt] + text)) < 200:
+    if len(get_tokenizer().encode_ordinary(GPT2_PROMPTS[prompt] + text)) < 200:
         assert kept == whole
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from dataloader import make_loader
 from lora import lora_layers, lora_state_dict
 from methods.build import build_model
-from model import GPT, IGNORE, SharedPrefix
+from model import GPT, IGNORE
+from runtime.kv_cache import SharedPrefix
 from runtime.optimizer import configure_optimizer
 from train import TrainConfig, train_step, validation_loss
 
@@ -54,7 +55,7 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
         torch.nn.init.normal_(layer.lora_B)
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = make_loader(config, model.config).window(0, 8, 3)
-    prefix = SharedPrefix(model, batches[0].prefix)
+    prefix = SharedPrefix(model.prefill(batches[0].prefix))
     losses = [model(batch.inputs, batch.targets, prefix.past)[1] for batch in batches]
     for loss in losses:
         loss.backward()
@@ -69,7 +70,8 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
 
 def test_prefix_that_no_adapter_acts_on_has_nothing_to_differentiate(config: TrainConfig) -> None:
     model = fresh_model(config).requires_grad_(False)
-    prefix = SharedPrefix(model, make_loader(config, model.config).window(0, 8, 8)[0].prefix)
+    batch = make_loader(config, model.config).window(0, 8, 8)[0]
+    prefix = SharedPrefix(model.prefill(batch.prefix))
     assert prefix.past
     assert not any(tensor.requires_grad for pair in prefix.past for tensor in pair)
     prefix.backward()
@@ -151,7 +153,7 @@ def test_compiled_blocks_train_like_the_plain_ones(config: TrainConfig) -> None:
     for compiled in (False, True):
         model = fresh_model(config)
         if compiled:
-            for block in model.transformer.h:
+            for block in model.blocks:
                 block.compile(dynamic=True)
         optimizer, loader = configure_optimizer(model, config), make_loader(config, model.config)
         losses.append([train_step(model, loader.window(i, 8, 4), optimizer, NO_SCALER, 1.0,

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 from made_checkpoints import IDX, close, equal, hub_tensors, make_adapted, make_reference
-from made_models import TINY
+from made_models import LORA_TARGETS, TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from checkpoints.files import atomic_write, read_json, read_tensors, write_json, write_tensors
-from checkpoints.hub_format import CONFIG, HUB_FIELDS, WEIGHTS
+from checkpoints.hub_format import CONFIG, WEIGHTS
+from checkpoints.layouts import GPT2_SIZES
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
 from lora import adapt, lora_layers
-from model import GPT, LORA_TARGETS
+from model import GPT
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def test_packaged_checkpoint_loads_by_name_from_any_directory(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("model_type", "gpt_neo"), ("activation_function", "relu"), ("tie_word_embeddings", False),
+    [("activation_function", "relu"), ("tie_word_embeddings", False),
      ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 64)],
 )
 def test_other_architectures_are_refused(base: Path, field: str, value: Any) -> None:
@@ -89,7 +90,7 @@ def test_other_architectures_are_refused(base: Path, field: str, value: Any) -> 
         GPT.from_pretrained(str(base))
 
 
-@pytest.mark.parametrize("field", HUB_FIELDS)
+@pytest.mark.parametrize("field", [*GPT2_SIZES, "layer_norm_epsilon"])
 def test_config_without_a_shape_field_is_refused(base: Path, field: str) -> None:
     config = read_json(base / CONFIG)
     del config[field]

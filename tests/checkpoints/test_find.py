@@ -13,16 +13,10 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 import checkpoints.hub_format as hub_format
+import checkpoints.pretrained as pretrained
 from checkpoints.files import read_json, read_tensors, write_json, write_tensors
-from checkpoints.hub_format import (
-    CONFIG,
-    INDEX,
-    PICKLE,
-    WEIGHTS,
-    checkpoint_digest,
-    read_hub_layout,
-    read_hub_shape,
-)
+from checkpoints.hub_format import CONFIG, INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
+from checkpoints.pretrained import checkpoint_digest, read_shape
 from model import GPT
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +46,7 @@ LOCAL = ["./best", "../best", "/no/best", "~/best", "out/run/best", "out\\best",
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", [*map(Path, ("best", "out/best", "gpt2", "gpt2-mini")), *LOCAL])
 @pytest.mark.parametrize(
-    "read", [GPT.from_pretrained, read_hub_layout, read_hub_shape, checkpoint_digest])
+    "read", [GPT.from_pretrained, read_shape, checkpoint_digest])
 def test_missing_local_folder_never_asks_the_hub(
     name: str | Path, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,15 +141,60 @@ def test_index_without_shards_is_refused(sharded: Path, index: dict[str, Any]) -
         GPT.from_pretrained(sharded)
 
 
-@pytest.mark.parametrize("file", [PICKLE, f"{PICKLE}.index.json"])
-def test_pickle_is_not_loaded_but_its_conversion_named(base: Path, file: str) -> None:
-    torch.save(read_tensors(base / WEIGHTS), base / file)
+# ---- pickled weights of older checkpoints ----
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickled_weights_load_as_safetensors_do(base: Path, new_format: bool) -> None:
+    plain = GPT.from_pretrained(base)(IDX)[0]
+    tensors = read_tensors(base / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # tied, in the same memory
+    torch.save(tensors, base / PICKLE, _use_new_zipfile_serialization=new_format)
     (base / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError) as missing:
+    equal(GPT.from_pretrained(base)(IDX)[0], plain)
+    assert checkpoint_digest(base)
+
+
+def test_pickled_shards_load(base: Path) -> None:
+    plain, tensors = GPT.from_pretrained(base)(IDX)[0], read_tensors(base / WEIGHTS)
+    names = {name: f"pytorch_model-{place % 2}.bin" for place, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        torch.save({n: t for n, t in tensors.items() if names[n] == shard}, base / shard)
+    write_json(base / PICKLE_INDEX, {"weight_map": names})
+    (base / WEIGHTS).unlink()
+    equal(GPT.from_pretrained(base)(IDX)[0], plain)
+
+
+class Harmful:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("content", [
+    {"a": Harmful()}, Harmful(), [1], {"a": 1}, {1: torch.ones(2)},
+    {"a": torch.ones(1).expand(10**15)}, {"a": torch.eye(3).to_sparse()}],
+    ids=["code", "code alone", "a list", "a number", "no name", "a huge view", "sparse"])
+def test_pickle_that_holds_more_than_tensors_is_refused(
+    base: Path, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, base / PICKLE)
+    (base / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{PICKLE} (is damaged|must hold plain tensors)") as error:
         GPT.from_pretrained(base)
-    advice = f"AutoModelForCausalLM.from_pretrained({str(base)!r}).save_pretrained('NEW_FOLDER')"
-    assert str(missing.value) == (
-        f"{base} has no {WEIGHTS}, only {PICKLE}; transformers converts it: {advice}")
+    assert "\n" not in str(error.value)
+    assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000])
+def test_cut_pickle_is_refused(base: Path, size: int) -> None:
+    torch.save(read_tensors(base / WEIGHTS), base / PICKLE)
+    (base / PICKLE).write_bytes((base / PICKLE).read_bytes()[:size])
+    (base / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{PICKLE} is damaged"):
+        GPT.from_pretrained(base)
 
 
 # ---- the digest ----
@@ -167,7 +206,7 @@ def test_digest_is_that_of_the_shape_and_of_all_bytes_in_order(
 ) -> None:
     folder = request.getfixturevalue(name)
     content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
-    expected = hashlib.sha256(str(read_hub_shape(folder)).encode() + content).hexdigest()
+    expected = hashlib.sha256(str(read_shape(folder)).encode() + content).hexdigest()
     assert checkpoint_digest(folder) == checkpoint_digest(str(folder)) == expected
 
 
@@ -178,7 +217,7 @@ def test_digest_follows_the_weights(base: Path, monkeypatch: pytest.MonkeyPatch)
     os.utime(base / WEIGHTS, ns=(0, 1))
     second = checkpoint_digest(base)
     assert second != first
-    monkeypatch.setattr(hub_format.hashlib, "sha256", None)
+    monkeypatch.setattr(pretrained.hashlib, "sha256", None)
     assert checkpoint_digest(base) == second  # without reading the file again
 
 

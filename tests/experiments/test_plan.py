@@ -9,7 +9,7 @@ import pytest
 from configurator import configure
 from dataloader import TASKS
 from experiments.__main__ import check, plan_jobs
-from experiments.plan import ALL_LINEAR, FACTORS, ExperimentsConfig, plan
+from experiments.plan import FACTORS, ExperimentsConfig, plan
 from tasks.base import ClassificationTask, Task
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_presets_of_long_answers_get_their_questions(name: str) -> None:
     ranks = [row.changes.get("lora_rank") for row in questions["answers"]]
     assert ranks == [None, 8, 64, 0]
     targets = [row.changes.get("lora_targets") for row in questions["targets"]]
-    assert targets == [None, "c_attn,attn.c_proj", ALL_LINEAR]
+    assert targets == [None, "attention", "all"]
     jobs = plan_jobs(config, questions)
     (base,) = jobs["zero_shot_default"]
     assert base.settings["task"] == "python_codes"

@@ -105,7 +105,7 @@ def test_report_shows_scores_examples_and_cost(
     questions = {"shares": [], "answers": rows, "targets": rows[1:]}
     path = write_report(questions, config, "python -m experiments", ["answers", "targets"])
     text, page = path.read_text(), path.with_suffix(".html").read_text()
-    assert "# LoRA on GPT-2: python codes" in text
+    assert f"# LoRA on {Path(config.init_from).name}: python codes" in text
     assert "generated code is never executed" in text
     assert "Of the 30 right answers 100.0% parse" in text
     assert text.count("<table>") == 1

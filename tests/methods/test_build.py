@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_models import LORA_TARGETS
 
 import checkpoints.hub_format as hub_format
 from checkpoints.peft_format import save_adapter
 from configurator import configure
 from lora import lora_layers
 from methods.build import MethodConfig, build_model, load_checkpoint
-from model import LORA_TARGETS
 
 CPU = torch.device("cpu")
 LORA = MethodConfig(lora_rank=2, lora_alpha=4.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.hub_format import END_OF_TEXT
+from checkpoints.layouts import END_OF_TEXT
 from dataloader import PROMPTS
 from models.tokenizer import get_tokenizer
 from pretraining.corpus import (

@@ -30,6 +30,7 @@ from tasks.python_code import PythonCodesTask, census, prepare, read_split, spli
 from tasks.scores import Completion, TextPrediction
 
 ROOT = Path(__file__).parents[2]
+ENCODE = get_tokenizer().encode_ordinary
 SPLITS = ("train", "validation", "test")
 
 
@@ -203,7 +204,7 @@ def test_any_text_has_a_score(text: str) -> None:
     code = strip_fences(text)
     assert all(line.strip() in text for line in code.splitlines())
     assert parses(text) or not imported(text)
-    results = summarize(["x = 1"], [predict(text)])
+    results = summarize(["x = 1"], [predict(text)], ENCODE)
     assert results["parses"] == parses(code)
     assert 0 <= results["rouge_l"] <= 1
     assert 0 <= results["bleu"] <= 100 + 1e-9
@@ -212,7 +213,7 @@ def test_any_text_has_a_score(text: str) -> None:
 
 def test_generated_code_is_never_executed(tmp_path: Path) -> None:
     trap = f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).touch()"
-    results = summarize([trap], [predict(f"```python\n{trap}\n```")])
+    results = summarize([trap], [predict(f"```python\n{trap}\n```")], ENCODE)
     assert results["exact_match"] == results["parses"] == 1
     assert code_scores.tell(predict(trap))[0] == trap
     assert code_scores.facts([trap])["imports"] == "pathlib 1"
@@ -231,7 +232,7 @@ def test_summary_of_a_worked_example() -> None:
     outputs = ["```python\na b c d\n```", "```python\nx = 1  \ny = 2\n```"]
     predictions = [TextPrediction("a c d e", 4, False, 6.0, 4),
                    TextPrediction("```python\nx = 1\ny = 2\n```\n", 12, True, 4.0, 16)]
-    results = summarize(outputs, predictions)
+    results = summarize(outputs, predictions, ENCODE)
     assert results["n"] == 2
     assert results["loss"] == 10 / 20  # all nats over all tokens, not the mean of two means
     assert results["perplexity"] == pytest.approx(math.exp(0.5))
@@ -262,14 +263,14 @@ def test_bleu_and_chrf_by_hand() -> None:
 
 def test_interval_covers_answers_that_share_nothing_with_the_right_ones() -> None:
     outputs = [f"x{i} = {i} + {i}" for i in range(6)]
-    results = summarize(outputs, [predict("x1 = 1 + 1"), *[predict("§§")] * 5])
+    results = summarize(outputs, [predict("x1 = 1 + 1"), *[predict("§§")] * 5], ENCODE)
     low, high = results["interval_95"]["chrf"]
     assert 0 == low < results["chrf"] < high
 
 
 def test_perfect_answers_get_full_marks() -> None:
     outputs = ["def f(x):\n    return x + 1", "print('a', 'b', 'c')\nprint(1)"]
-    results = summarize(outputs, [predict(output) for output in outputs])
+    results = summarize(outputs, [predict(output) for output in outputs], ENCODE)
     assert results["bleu"] == pytest.approx(100)
     assert results["chrf"] == pytest.approx(100)
     assert results["rouge_l"] == results["exact_match"] == results["parses"] == 1
@@ -296,7 +297,7 @@ def test_bootstrap_covers_the_mean_as_the_normal_approximation_does() -> None:
 
 
 def test_line_and_table_show_every_score() -> None:
-    results = summarize(["x = 1"], [predict("x = 2", nats=2.0, tokens=2)])
+    results = summarize(["x = 1"], [predict("x = 2", nats=2.0, tokens=2)], ENCODE)
     line = code_scores.describe(results)
     assert line.startswith("perplexity 2.72 (95 % interval 2.72 to 2.72, n=1), BLEU ")
     assert "exact 0.0%, 100.0% parse (of the right answers 100.0%), 3 tokens" in line
