@@ -136,10 +136,14 @@ def read_llama(hub: Fields, where: str) -> dict[str, Any]:
 
 def _rope_parameters(hub: Fields, where: str) -> Fields:
     """Return the fields of the rotary positions, which newer files keep in one place."""
-    parts = [hub.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
+    older, newer = (hub.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    if not isinstance(older, dict) or not isinstance(newer, dict):
+        parts = [older, newer]
         raise ValueError(f"{where}: config.json needs fields in rope_scaling, not {parts!r:.80}")
-    return {"rope_theta": hub.get("rope_theta", 1e4)} | parts[0] | parts[1]
+    if older and newer and older != newer:  # transformers would ignore the latter
+        raise ValueError(f"{where}: rope_scaling and rope_parameters in config.json differ")
+    outside = {name: hub[name] for name in ROPE_SCALING[-1:] if name in hub}  # has priority there
+    return {"rope_theta": hub.get("rope_theta", 1e4)} | older | newer | outside
 
 
 def _rope_scaling(rope: Fields, where: str) -> tuple[float, ...] | None:
@@ -148,7 +152,11 @@ def _rope_scaling(rope: Fields, where: str) -> tuple[float, ...] | None:
         raise ValueError(f"{where}: rope_type={kind!r:.80}, but allowed are 'default', 'llama3'")
     if kind == "default":
         return None
-    return tuple(float(number(rope, name, where, 1e9)) for name in ROPE_SCALING)
+    scaling = tuple(float(number(rope, name, where, 1e9)) for name in ROPE_SCALING)
+    if scaling[1] >= scaling[2]:
+        raise ValueError(f"{where}: low_freq_factor={scaling[1]} must be below "
+                         f"high_freq_factor={scaling[2]}")
+    return scaling
 
 
 def _flag(hub: Fields, field: str, where: str) -> bool:

@@ -21,6 +21,7 @@ from models.families import load_config, load_decoder
 
 HEAD, TOKENS, QUERY = "lm_head.weight", "model.embed_tokens.weight", "self_attn.q_proj.weight"
 SCALED = {name: value for name, value in ROPE.items() if name != "rope_theta"}
+LENGTH = ROPE_SCALING[-1]
 # As they stand in a JSON file; HERE is replaced by the text.
 NO_SIZES = ["1e9", "2.5", "2.0", "Infinity", "NaN", "true", '"2"', "0", "-1", "1000001",
             "9" * 400, "[2]", "{}"]
@@ -264,6 +265,7 @@ ROPES = {  # the same in the newer field, in the older ones, and in both
         {"rope_theta": 1e4, "rope_parameters": ROPE},
         {"rope_theta": 500.0, "rope_parameters": SCALED},
         {"rope_theta": 500.0, "rope_scaling": ROPE, "rope_parameters": ROPE},
+        {"rope_parameters": ROPE | {LENGTH: 8}, LENGTH: 16},  # the field outside has priority
     ],
     "plain": [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
@@ -282,8 +284,8 @@ def test_older_and_newer_fields_of_the_rotary_positions_load_equal(
 ) -> None:
     configs = []
     for fields in ROPES[kind]:
-        change_config(
-            llama, **dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters")) | fields)
+        absent = dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters", LENGTH))
+        change_config(llama, **absent | fields)
         configs.append(load_config(llama))
         assert greatest_difference(llama) < 1e-4, fields
     assert all(config == configs[0] for config in configs)
@@ -336,6 +338,23 @@ def test_scaling_of_the_rotary_positions_is_of_positive_numbers(
     if text:
         set_text(tied, text, place, field)
     refused(tied, rf"needs a number between 0 and 1e\+09 as {field}, not ")
+
+
+@pytest.mark.parametrize("older", [SCALED, {"rope_type": "default"}, ROPE | {"factor": 9.0}])
+def test_older_and_newer_fields_that_differ_are_refused(
+    llama: Path, refused: Callable, older: dict[str, Any]
+) -> None:
+    change_config(llama, rope_scaling=older, rope_parameters=ROPE)
+    refused(llama, "base: rope_scaling and rope_parameters in config.json differ$")
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.0, 1.0), (2.0, 2.0)])
+def test_bounds_of_the_scaling_that_are_not_in_order_are_refused(
+    tied: Path, refused: Callable, low: float, high: float
+) -> None:
+    change_config(
+        tied, rope_parameters=ROPE | {"low_freq_factor": low, "high_freq_factor": high})
+    refused(tied, f"base: low_freq_factor={low} must be below high_freq_factor={high}$")
 
 
 # ---- tensors ----
