@@ -194,8 +194,12 @@ class CustomDataLoader:
 
     @property
     def longest_answer(self) -> int:
-        """Default limit of an answer in tokens: the task's, but at most half of a sequence."""
-        return min(self.task.answer_tokens, self.block_size // 2)
+        """Default limit of an answer in tokens: the task's, but at most half of a sequence.
+
+        Each choice with its end-of-text fits, however many tokens the tokenizer makes of it.
+        """
+        choices = [len(self.encode_answer(choice)) + 1 for choice in self.task.choices]
+        return min(max(self.task.answer_tokens, *choices, 0), self.block_size // 2)
 
     @property
     def answer_room(self) -> int:

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> ExperimentsConfig:
 
 def write_scores(folder: Path, generated: list[str], nats: float, suffix: str = "") -> None:
     predictions = [TextPrediction(text, 5, True, nats, 2) for text in generated]
-    write_json(folder / f"results{suffix}.json", summarize(OUTPUTS, predictions))
+    write_json(folder / f"results{suffix}.json", summarize(OUTPUTS, predictions, str.split))
     rows = [{"question": f"<i>{i}</i> | `x`\n\n\ud83d a *b*", "reference": output,
              **prediction._asdict()}
             for i, (output, prediction) in enumerate(zip(OUTPUTS, predictions, strict=True))]
