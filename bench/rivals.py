@@ -3,7 +3,7 @@
 `HandoutStyle` is the usual homework solution: padded batches, logits at every position, a dense
 `B @ A` in every forward, a float32 model that never merges, and scoring of one review at a time
 without a cache. `PeftStyle` is `transformers` with `peft`, as their documentation uses them. The
-tests check that both compute the same losses, gradients and answers as ours.
+tests check that both compute the same losses, gradients and answers as ours, for every family.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.peft_format import save_adapter
-from dataloader import CustomDataLoader, SentimentTask, pad
-from generate import ModelSampler, make_loader
+from dataloader import CustomDataLoader, DataConfig, make_loader, pad
+from generate import ModelSampler
 from lora import LoRALinear, lora_layers
 from methods.build import build_model
 from model import IGNORE
+from models.families import family_of, load_config
+from models.tokenizer import load_tokenizer
 from runtime.device import resolve_dtype
 from runtime.optimizer import configure_optimizer
 from tasks.sources import Record
@@ -27,13 +29,18 @@ from train import TrainConfig, train_step
 NEW_TOKENS = 5  # that every contender generates per review, unless it stops at end-of-text
 
 
+def folder_loader(folder: str, config: DataConfig) -> CustomDataLoader:
+    """Return the loader of `config`'s data for the model and the tokenizer in `folder`."""
+    return make_loader(config, load_config(folder), load_tokenizer(folder))
+
+
 class Ours:
     """This package; with `lora_rank=0` full fine-tuning."""
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
-        self.dtype = resolve_dtype(config.dtype, device)
+        self.folder, self.dtype = folder, resolve_dtype(config.dtype, device)
         self.model = build_model(folder, config, device, self.dtype)
-        self.loader = make_loader(config, self.model.config)
+        self.loader = folder_loader(folder, config)
         self.batch_size = config.batch_size
         self.optimizer = configure_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -50,7 +57,7 @@ class Ours:
 
     def save(self, folder: Path) -> None:
         if lora_layers(self.model):
-            save_adapter(self.model, folder, "gpt2")
+            save_adapter(self.model, folder, self.folder)
         else:
             self.model.save_pretrained(folder)
 
@@ -86,10 +93,10 @@ class Baseline:
 
     model: nn.Module
 
-    def __init__(self, config: TrainConfig, block_size: int, device: torch.device) -> None:
+    def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
         self.device = device
         self.micro_batch = 4 if device.type == "cpu" else 32  # 16 is slower on a CPU
-        self.loader = CustomDataLoader(config.dataset, SentimentTask(), block_size)
+        self.loader = folder_loader(folder, config)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2.5e-4, weight_decay=0.1)
 
@@ -116,7 +123,7 @@ class HandoutStyle(Baseline):
         for layer in self.model.modules():
             if isinstance(layer, LoRALinear):
                 layer.__class__ = DenseLoRALinear
-        super().__init__(config, self.model.config.block_size, device)
+        super().__init__(folder, config, device)
 
     def save(self, folder: Path) -> None:
         """Save the whole model, frozen weights included, and the optimizer, as such code does."""
@@ -131,7 +138,7 @@ class HandoutStyle(Baseline):
             logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.model.transformer.wte.weight)  # (..., C) -> (..., V)
+        return F.linear(hidden, self.model.head)  # (..., C) x (C, V) -> (..., V)
 
     @torch.no_grad()
     def score(self, records: Sequence[Record]) -> list[str]:
@@ -149,21 +156,23 @@ class HandoutStyle(Baseline):
 
 
 class PeftStyle(Baseline):
-    """`transformers` with `peft`'s adapter on c_attn, weights in float32."""
+    """`transformers` with `peft`'s adapters on q, k and v, weights in float32."""
 
     score_batch = 16
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model  # slow to import; needed only here
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM
 
-        base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+        family = family_of(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         adapter = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["c_attn"],
-            lora_dropout=config.lora_dropout, fan_in_fan_out=True, task_type="CAUSAL_LM",
+            r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            target_modules=list(family.config_class.groups["qkv"]),
+            fan_in_fan_out=family.fan_in_fan_out, task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(base, adapter).to(device)
-        super().__init__(config, base.config.n_positions, device)
+        super().__init__(folder, config, device)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
