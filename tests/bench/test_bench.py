@@ -4,17 +4,30 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 
-from bench.__main__ import BenchConfig, check_folder, grow, main, markdown, plot, sized_reviews
-from bench.worker import random_checkpoint
+from bench.__main__ import (
+    BenchConfig,
+    check_folder,
+    grow,
+    growth,
+    main,
+    markdown,
+    plot,
+    sized_reviews,
+)
+from bench.worker import WAYS, Contender, Measure, checkpoint_bytes, random_checkpoint
 from configurator import configure
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 RATIOS = {f"{verb}.{rival}.{dtype}" for verb in ("train", "score")
@@ -76,6 +89,58 @@ def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfi
         assert widths == [row[f"{panel.get_title()}_reviews_per_second"] for row in rows.values()]
 
 
+class InProcess:
+    """A contender in this process, with the interface of `Worker`."""
+
+    def __init__(self, contender: Contender, folder: str, config: TrainConfig) -> None:
+        self.started = time.perf_counter()
+        self.contender = WAYS[contender.way](folder, config, torch.device("cpu"))
+
+    def ask(self, verb: str, argument: Any) -> Measure:
+        begun = time.perf_counter()
+        result = (checkpoint_bytes(self.contender) if verb == "checkpoint_bytes" else
+                  getattr(self.contender, verb)(argument))
+        ended = time.perf_counter()
+        return Measure(result, ended - begun, 2**20, ended - self.started)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("_gpt2_tokenizer")
+def test_checkpoint_of_another_family_is_compared(
+    config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.Worker", InProcess)
+    main(replace(config, model=llama, dtype="float32"))
+    report = json.loads(Path(config.out_dir, "bench.json").read_text())
+    assert report["ratios"].keys() == {key for key in RATIOS if key.endswith("float32")}
+    rows = report["contenders"]
+    adapters = 2 * 4 * 4 * (3 * 16 + 24 + 12 + 12)  # layers; bytes; rank; in and out of q, k, v
+    for name in ("ours.float32", "peft.float32"):
+        assert adapters < rows[name]["checkpoint_bytes"] < adapters + 10_000
+    assert all(row["score_gflops"] > 0 and row["train_gflops"] > 0 for row in rows.values())
+
+
+@pytest.mark.usefixtures("_gpt2_tokenizer")
+def test_growth_of_a_checkpoint_has_no_other_sizes_and_no_longer_reviews(
+    config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.grow", lambda *_: {"train_ms": 3.0})
+    found = growth(replace(config, model=llama))
+    assert list(found) == ["batch_size", "review_tokens", "lora_rank"]
+    assert list(found["review_tokens"]) == ["10", "30", "100"]  # of 256 positions
+
+
+def test_model_that_is_nowhere_is_one_line_and_exit_code_2(config: BenchConfig) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "what=train", "model=./nowhere", "device=cpu",
+         f"out_dir={config.out_dir}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+
+
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
     with pytest.raises(ValueError, match="must list one or more of train, score, growth"):
@@ -108,8 +173,9 @@ def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
 
 def test_sized_reviews_have_about_the_requested_tokens() -> None:
     records = [{"text": "a quick brown fox jumps over the lazy dog ."}] * 50
-    for record in sized_reviews(30, 8, records):
-        assert 28 <= len(get_tokenizer().encode_ordinary(record["text"])) <= 32
+    tokenizer = get_tokenizer()
+    for record in sized_reviews(30, 8, records, tokenizer):
+        assert 28 <= len(tokenizer.encode_ordinary(record["text"])) <= 32
 
 
 def test_growth_is_measured_along_every_axis_without_rivals(
@@ -126,6 +192,8 @@ def test_growth_is_measured_along_every_axis_without_rivals(
     monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
     monkeypatch.setattr(
         "bench.__main__.random_checkpoint", lambda *_: contextlib.nullcontext("folder"))
+    monkeypatch.setattr("bench.rivals.load_config", lambda folder: GPTConfig())
+    monkeypatch.setattr("bench.rivals.load_tokenizer", lambda folder: get_tokenizer())
     main(replace(config, what="growth"))
     assert points[:5] == [(size, 0, 4, "gpt2-mini", 128) for size in (1, 4, 16, 64, 128)]
     assert points[5:10] == [(8, n, 4, "gpt2-mini", 8) for n in (10, 30, 100, 250, 500)]

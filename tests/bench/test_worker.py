@@ -4,14 +4,24 @@ import os
 import random
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.worker import SHAPES, Contender, Way, Worker, random_checkpoint, spread
+from bench.worker import (
+    SHAPES,
+    Contender,
+    Way,
+    Worker,
+    random_checkpoint,
+    spread,
+    stored_checkpoint,
+)
 from dataloader import SentimentTask, make_loader
 from generate import ModelSampler
 from model import GPT
+from models.families import load_decoder
 from models.tokenizer import get_tokenizer
 from train import TrainConfig
 
@@ -29,6 +39,22 @@ def test_random_model_answers_as_a_fine_tuned_one(settings: TrainConfig) -> None
     assert {answer.generated for answer in answers} == {" positive"}
     idx = torch.tensor([get_tokenizer().encode_ordinary("Label: positive")])
     assert model.generate(idx, 3, temperature=0)[0, -1] == get_tokenizer().eot_token
+
+
+def test_stored_checkpoint_has_the_weights_and_the_tokenizer_of_the_original(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnTokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            Path(folder, "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr("bench.worker.load_tokenizer", {llama: OwnTokenizer()}.__getitem__)
+    with stored_checkpoint(llama) as folder:
+        assert Path(folder, "tokenizer.json").is_file()
+        stored, original = load_decoder(folder), load_decoder(llama)
+    assert not Path(folder).exists()
+    assert stored.config == original.config
+    torch.testing.assert_close(stored.state_dict(), original.state_dict(), rtol=0, atol=0)
 
 
 def test_reviews_drawn_are_spread_over_all_lengths() -> None:
