@@ -1,0 +1,21 @@
+"""Run every question with SmolLM2-135M, offline, in one night on two CPU cores."""
+
+init_from = "smollm2"
+dataset = "movie_reviews"
+out_dir = "out/experiments_smollm2"
+report_dir = "report-smollm2"
+train_size = 0
+prompt = "Movie review: {text}\nThe sentiment of this review is"
+lora_dropout = 0.0
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 120
+learning_rate = 5e-4
+full_learning_rate = 5e-5
+full_dropout = 0.0
+warmup_iters = 10
+decay_lr = True
+min_lr = 5e-5
+eval_interval = 60
+eval_iters = 4
+seeds = 2
