@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoints.files import read_json, read_tensors, write_json, write_tensors
-from checkpoints.hub_format import CONFIG, WEIGHTS
+from checkpoints.hub_format import CONFIG, INDEX, WEIGHTS
 from checkpoints.layouts import LLAMA_SIZES, ROPE_SCALING
 from models.families import load_config, load_decoder
 
@@ -389,6 +389,18 @@ def test_tensor_with_and_without_the_prefix_is_refused(llama: Path, refused: Cal
     name = f"layers.1.{QUERY}"
     change_tensors(llama, lambda tensors: tensors.update({name: tensors[f"model.{name}"] + 1}))
     refused(llama, f"model.safetensors: model.{name} is there twice$")
+
+
+def test_tensor_that_two_shards_hold_is_refused(
+    llama: Path, tmp_path: Path, refused: Callable
+) -> None:
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(sharded, max_shard_size="20KB")
+    files = sorted(set(read_json(sharded / INDEX)["weight_map"].values()))
+    first, last = (read_tensors(sharded / file) for file in (files[0], files[-1]))
+    name = next(iter(first))
+    write_tensors(sharded / files[-1], last | {name: first[name] + 1})
+    refused(sharded, f"{files[-1]}: {name} is there twice$")
 
 
 def test_frequencies_that_older_files_store_are_ignored(llama: Path) -> None:

@@ -40,6 +40,13 @@ from models.llama import Llama
 from runtime.device import autocast
 from runtime.kv_cache import Cache, KeyValue
 
+NAMES = {  # of the projections in each group
+    GPT: {"qkv": "c_attn", "attention": "c_attn attn.c_proj",
+          "all": "c_attn attn.c_proj mlp.c_fc mlp.c_proj"},
+    Llama: {"qkv": "q_proj k_proj v_proj", "attention": "q_proj k_proj v_proj o_proj",
+            "all": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"},
+}
+
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -50,14 +57,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def appended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, KeyValue]]:
-    """Record what each cache holds after each append: its id, the layer, its keys and values."""
+def appended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cache, int, KeyValue]]:
+    """Record each append: the cache, the layer, and all keys and values the layer then holds."""
     held = []
 
     class RecordedCache(Cache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
             all_of_layer = super().append(layer, k, v)
-            held.append((id(self), layer, all_of_layer))
+            held.append((self, layer, all_of_layer))
             return all_of_layer
 
     monkeypatch.setattr("model.Cache", RecordedCache)
@@ -288,6 +295,7 @@ class TestGeneration:
         addresses = {(cache, layer, *(tensor.data_ptr() for tensor in pair))
                      for cache, layer, pair in appended}
         assert len(addresses) == LAYERS  # one pair of buffers per layer
+        assert {len(cache.buffers) for cache, *_ in appended} == {LAYERS}
         width = {"gpt2": 32, "llama": 16, "llama3": 12, "qwen2": 32}[family.name]  # heads · D
         sizes = {tensor.untyped_storage().nbytes() for _, _, pair in appended for tensor in pair}
         assert sizes == {4 * 3 * slots * width}  # bytes of float32 · B · slots · width
@@ -419,12 +427,17 @@ class TestTargets:
             with torch.device("meta"):
                 return set(lora_layers(family.decoder(config)))
 
-        names = family.decoder.config_class.groups[group]
+        names = NAMES[family.decoder][group].split()
         each = [adapted(name) for name in names]
         assert adapted(group) == adapted(*names) == set.union(*each)
         assert sum(map(len, each)) == LAYERS * len(names)
         assert all(layer.endswith(f".{name}")
                    for layers, name in zip(each, names, strict=True) for layer in layers)
+
+    def test_all_is_every_projection_but_the_head(self, family: Family) -> None:
+        model = family.adapted("all")
+        linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        assert linears - {"lm_head"} == set(lora_layers(model))
 
     def test_unknown_targets_are_refused_in_one_line(self, family: Family) -> None:
         for target in ("lm_head", "proj", "q_proj" if family.name == "gpt2" else "c_attn"):
