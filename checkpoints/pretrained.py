@@ -99,7 +99,11 @@ def _check_header(
                 raise ValueError(f"{path}: {ours} is there twice")
             if ours and (ours in expected or ours != layout.head):
                 found[ours] = _transposed(layout, stored, tensor)
-    check_state(expected, found, name)
+    try:
+        check_state(expected, found, name)
+    except ValueError as error:  # it names every tensor, and names may hold line breaks
+        faults = " ".join(str(error).split())
+        raise ValueError(faults if len(faults) < 400 else f"{faults[:390]} ...") from None
 
 
 def write_pretrained(

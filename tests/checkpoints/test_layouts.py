@@ -151,11 +151,12 @@ def test_another_number_of_layers_is_refused_from_the_header(
     refused(each, f"base: n_layer={size}, but the weights have {LAYERS} layers$")
 
 
-def test_layers_that_are_not_numbered_from_zero_are_refused(llama: Path) -> None:
+def test_layers_that_are_not_numbered_from_zero_are_refused(
+    llama: Path, refused: Callable
+) -> None:
     change_tensors(llama, lambda tensors: tensors.update(
         {name.replace("layers.1.", "layers.7."): tensors.pop(name) for name in list(tensors)}))
-    with pytest.raises(ValueError, match=r"missing model.layers.1.*unexpected model.layers.7"):
-        load_decoder(llama)
+    refused(llama, r"base does not fit the model: missing model.layers.1.*; .* \.\.\.$")
 
 
 @pytest.mark.parametrize("kv_heads", [3, 8, 10**6])
@@ -179,21 +180,16 @@ def test_odd_head_size_is_refused(each: Path, refused: Callable) -> None:
     ("head_dim", r"q_proj.weight is \(32, 32\), not \(4000000, 32\)"),
 ])
 def test_sizes_that_the_weights_do_not_have_allocate_nothing(
-    llama: Path, field: str, shape: str
+    llama: Path, refused: Callable, field: str, shape: str
 ) -> None:
-    changes = {"head_dim": 8} | {field: 10**6}
-    change_config(llama, **changes)
-    started = time.perf_counter()
-    with pytest.raises(ValueError, match=shape):
-        load_decoder(llama)
-    assert time.perf_counter() - started < 1
+    change_config(llama, **{"head_dim": 8, field: 10**6})
+    refused(llama, shape)
 
 
-def test_all_sizes_at_their_largest_are_refused(llama: Path) -> None:
+def test_all_sizes_at_their_largest_are_refused(llama: Path, refused: Callable) -> None:
     sizes = dict.fromkeys((*LLAMA_SIZES, "head_dim", "num_key_value_heads"), 10**6)
     change_config(llama, **sizes | {"num_hidden_layers": LAYERS})
-    with pytest.raises(ValueError, match=r"q_proj.weight is \(32, 32\), not \(1000000000000, "):
-        load_decoder(llama)
+    refused(llama, r"q_proj.weight is \(32, 32\), not \(1000000000000, ")
 
 
 # ---- other fields ----
@@ -227,11 +223,10 @@ def test_flags_are_true_or_false(
 
 @pytest.mark.parametrize("field", ["attention_bias", "mlp_bias"])
 def test_biases_that_the_config_has_and_the_weights_lack_are_missing(
-    llama: Path, field: str
+    llama: Path, refused: Callable, field: str
 ) -> None:
     change_config(llama, **{field: True})
-    with pytest.raises(ValueError, match=r"does not fit the model: missing .*_proj\.bias"):
-        load_decoder(llama)
+    refused(llama, r"does not fit the model: missing .*_proj\.bias")
 
 
 @pytest.mark.parametrize("value", [
@@ -436,3 +431,11 @@ def test_other_precisions_load(each: Path, dtype: torch.dtype) -> None:
     stored = read_tensors(each / WEIGHTS)
     for name, tensor in load_decoder(each).state_dict().items():
         torch.testing.assert_close(tensor, stored[name].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\r\n", "x" * 10**5, "\x1b[2J"])
+def test_odd_name_of_a_tensor_stays_on_one_short_line(
+    llama: Path, refused: Callable, name: str
+) -> None:
+    change_tensors(llama, lambda tensors: tensors.update({name: torch.ones(2)}))
+    refused(llama, "base does not fit the model: unexpected ")
