@@ -255,7 +255,8 @@ class Decoder(nn.Module):
             chosen = at if layer == self.config.n_layer - 1 else None
             if chosen is not None:
                 mask = torch.arange(T, device=idx.device) <= at[:, None, :, None]  # (B, 1, W, T)
-            x, own = block(x, View(prefix and prefix[layer], mask, chosen, store, rotation))
+            before = prefix[layer] if prefix else None
+            x, own = block(x, View(before, mask, chosen, store, rotation))
             keys_and_values.append(own)
         if cache is not None:
             cache.advance(T)

@@ -191,6 +191,7 @@ def describe_llama(shape: Fields) -> dict[str, Any]:
         "rope_theta": shape["rope_base"], "rope_parameters": rope,
         "rope_scaling": rope if shape["rope_scaling"] else None,
         "tie_word_embeddings": shape["tied"], "mlp_bias": shape["mlp_bias"],
+        "attention_dropout": shape["dropout"],
         **({} if qwen else {"attention_bias": shape["output_bias"]}),
         "eos_token_id": ends if len(ends) > 1 else ends[0],
     }

@@ -8,8 +8,8 @@ init_from = "smollm2"
 dataset = "movie_reviews"
 out_dir = "out/smollm2"
 train_size = 0
-# Of eight prompts, the one with the highest constrained accuracy before training, on validation.
-prompt = "Movie review: {text}\nThe sentiment of this review is"
+# Short, because each token after the text costs time; what stands before it is shared.
+prompt = "Review: {text}\nSentiment:"
 lora_rank = 16
 lora_alpha = 32
 lora_dropout = 0.0

@@ -65,14 +65,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
-def frequencies(config: LlamaConfig) -> Tensor:
+def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Return the angle (D/2,) by which each pair of features turns per position (arXiv:2104.09864).
 
     With `rope_scaling`, slow rotations are slower by `factor`, fast ones stay, and those between
     are interpolated (Llama 3.1, arXiv:2407.21783).
     """
     D = config.head_size
-    turns = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    turns = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     if config.rope_scaling is None:
         return turns
     factor, low, high, length = config.rope_scaling
@@ -175,7 +175,7 @@ class Llama(Decoder):
 
     def rotation(self, positions: Tensor) -> Tensor:
         """Return cosines and sines: (2, T, D) for positions (T,), (2, B, 1, 1, D) for (B, 1)."""
-        angles = positions[..., None] * frequencies(self.config).to(positions.device)
+        angles = positions[..., None] * frequencies(self.config, positions.device)
         angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
         if angles.ndim == 3:
             angles = angles[:, None]  # one position per row, for all heads
