@@ -16,6 +16,7 @@ import torch
 from bench.rivals import HandoutStyle, Ours, PeftStyle
 from checkpoints.layouts import END_OF_TEXT
 from model import GPT, SIZES, GPTConfig
+from methods.build import save_model
 from models.families import load_decoder
 from models.tokenizer import get_tokenizer, load_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory
@@ -138,9 +139,7 @@ def stored_checkpoint(name: str) -> Iterator[str]:
     """
     tokenizer = load_tokenizer(name)
     with tempfile.TemporaryDirectory() as folder:
-        load_decoder(name).save_pretrained(folder)
-        if tokenizer is not get_tokenizer():  # GPT-2's is everywhere
-            tokenizer.save_pretrained(folder)
+        save_model(Path(folder), load_decoder(name), tokenizer)
         yield folder
 
 

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -58,9 +59,11 @@ class Estimate:
     def flops(self, settings: Mapping[str, Any], verb: str) -> float:
         """Return the FLOPs that an example takes in a run of `settings`."""
         own, prefix, answers = self.tokens(settings.get("prompt", self.config.prompt))
-        rank = settings.get("lora_rank", TrainConfig.lora_rank)
+        run = replace(self.config, **{name: settings.get(name, getattr(TrainConfig, name))
+                                      for name in ("lora_rank", "lora_targets")})
+        shape = replace(self.shape, lora_targets=run.targets)
         return useful_flops(
-            self.shape, own, prefix / self.config.batch_size, rank, verb, answers)
+            shape, own, prefix / self.config.batch_size, run.lora_rank, verb, answers)
 
     def training(self, job: Job) -> float:
         """Estimate the seconds of the optimizer steps."""

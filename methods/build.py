@@ -44,6 +44,10 @@ class MethodConfig:
     lora_qkv: Annotated[Qkv, "a pair each for q, k and v, or one A for the three"] = "split"
     dropout: Annotated[float, "dropout of the model itself", Bounds(0, 1)] = 0.0
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.lora_targets.replace(",", " ").split())
+
 
 def build_model(
     name: str | Path, config: MethodConfig, device: torch.device, dtype: torch.dtype
@@ -57,7 +61,7 @@ def build_model(
     model = load_decoder(
         name, dropout=config.dropout, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout, lora_qkv=config.lora_qkv,
-        lora_targets=tuple(config.lora_targets.replace(",", " ").split()),
+        lora_targets=config.targets,
     )
     if config.lora_rank:
         mark_only_lora_as_trainable(model)
@@ -68,13 +72,15 @@ def build_model(
 def save_checkpoint(
     folder: Path, config: MethodConfig, model: Decoder, tokenizer: Tokenizer
 ) -> None:
-    """Write what `load_checkpoint` loads: the adapters in PEFT's layout, or all weights.
-
-    A tokenizer goes with all weights, except GPT-2's, which no checkpoint needs.
-    """
+    """Write what `load_checkpoint` loads: the adapters in PEFT's layout, or the whole model."""
     if config.lora_rank:
         save_adapter(model, folder, config.init_from)
-        return
+    else:
+        save_model(folder, model, tokenizer)
+
+
+def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    """Write all weights, and the tokenizer unless it is GPT-2's, which no checkpoint needs."""
     model.save_pretrained(folder)
     if tokenizer is not get_tokenizer():
         tokenizer.save_pretrained(folder, model.config.block_size)
