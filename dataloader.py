@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoints.files import local_path
 from configurator import Bounds
 from model import IGNORE, DecoderConfig
+from models.hub_tokenizer import NO_CHAT
 from models.tokenizer import Tokenizer, get_tokenizer
 from tasks.base import Task, line_ends, prompt_template
 from tasks.python_code import PythonCodesTask
@@ -317,5 +318,5 @@ def make_loader(
         raise ValueError(f"the model ends a text with {shape.end_of_text}, its tokenizer with "
                          f"{loader.tokenizer.eot_token}")
     if task.chat and not loader.tokenizer.has_chat:
-        loader.tokenizer.encode_chat("")  # says what is missing
+        raise ValueError(NO_CHAT)
     return loader

@@ -40,7 +40,7 @@ from methods.build import MethodConfig, load_checkpoint
 from model import IGNORE, Decoder
 from models.export import export_model
 from models.families import load_decoder
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -109,9 +109,10 @@ class Question(DataConfig):
 
 
 class Subject(NamedTuple):
-    """A model to score, the settings behind it, and the folder of its results."""
+    """A model to score, its tokenizer, the settings behind it, and the folder of its results."""
 
     model: Decoder
+    tokenizer: Tokenizer
     settings: ModelSettings
     folder: Path
     dtype: torch.dtype
@@ -208,12 +209,12 @@ class ModelSampler:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings and the data that the answers depend on."""
-        loader = self.loader
-        drawn = {"batch_size": self.batch_size, "processes": world_size()}  # they share one dice
+        loader, drawn = self.loader, {"batch_size": self.batch_size, "processes": world_size()}
         return {"dataset": loader.dataset, "data_sha256": loader.data_sha256,
-                "prompt": loader.task.template, "dtype": dtype_name(self.dtype),
-                "temperature": self.temperature, "top_k": self.top_k,
-                "max_new_tokens": self.max_new_tokens, "block_size": loader.block_size,
+                "prompt": loader.task.template, **({"chat": True} if loader.task.chat else {}),
+                "dtype": dtype_name(self.dtype), "temperature": self.temperature,
+                "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
+                "block_size": loader.block_size,
                 **(drawn if self.temperature > 0 and self.top_k != 1 else {})}
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
@@ -313,8 +314,8 @@ def load_subject(config: GenerateConfig) -> Subject:
         model = load_decoder(config.init_from).to(device)
         dtype = of_rank_zero(resolve_dtype(config.dtype, device))
         base = {"base_sha256": checkpoint_digest(config.init_from)}
-        settings = replace(UNTRAINED, init_from=config.init_from)
-        return Subject(model, settings, folder, dtype, dtype_name(dtype), "", base, {})
+        return Subject(model, load_tokenizer(config.init_from), UNTRAINED, folder, dtype,
+                       dtype_name(dtype), "", base, {})
     folder, run = Path(config.out_dir, config.checkpoint), read_run(config.out_dir)
     stamp = weights_stamp(folder)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
@@ -323,22 +324,24 @@ def load_subject(config: GenerateConfig) -> Subject:
         run.refuse_changed_inputs(base_sha256=checkpoint_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
     own_data = str(run.facts.get("data_sha256", ""))
-    return Subject(model, settings, folder, dtype, run.dtype, own_data, {}, stamp)
+    # A fully tuned checkpoint needs its base no more.
+    tokenizer = load_tokenizer(settings.init_from if settings.lora_rank else folder)
+    run.refuse_changed_inputs(**tokenizer.digests)
+    return Subject(model, tokenizer, settings, folder, dtype, run.dtype, own_data, {}, stamp)
 
 
 def answer(config: GenerateConfig) -> None:
     """Export the model, answer one text, or score a split; rank 0 writes and prints."""
     subject = load_subject(config)
-    tokenizer = load_tokenizer(subject.settings.init_from)
     if config.export:
         if rank() == 0:
-            export_model(subject.model, tokenizer, Path(config.export))
+            export_model(subject.model, subject.tokenizer, Path(config.export))
             print(f"written: {config.export}")
         return
     question = resolve_question(config, subject.settings, dtype_name(subject.dtype))
     own = resolve_question(GenerateConfig(task=question.task, split=question.split),
                            subject.settings, subject.own_dtype)
-    loader = make_loader(question, subject.model.config, tokenizer)
+    loader = make_loader(question, subject.model.config, subject.tokenizer)
     question, own = (replace(asked, max_new_tokens=asked.max_new_tokens or loader.longest_answer)
                      for asked in (question, own))
     sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,

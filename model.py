@@ -3,7 +3,7 @@
 `Decoder` is the machinery that GPT-2 shares with the families in `models/`: it computes losses
 behind a shared prefix, generates, loads and saves. Dimensions: B batch, T tokens, P tokens of a
 shared prefix, S tokens of a row after it, W positions that need an output, C width (n_embd), H
-heads, D = C / H, V vocabulary. Tensor names are GPT-2's, so that its checkpoints load unchanged.
+heads, K heads of keys and values (here H), D features of a head (here C / H), V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,7 +66,7 @@ class DecoderConfig:
         if self.lora_qkv not in ("split", "shared"):
             raise ValueError(f"lora_qkv={self.lora_qkv!r} must be split or shared")
 
-    def linear(
+    def projection(
         self, target: str, in_features: int, out_features: int, bias: bool = True, parts: int = 1
     ) -> Projection:
         """Make the projection called `target`, of `parts` fused ones, adapted if targeted."""
@@ -113,8 +113,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = config.linear("c_attn", config.n_embd, 3 * config.n_embd, parts=3)
-        self.c_proj = config.linear("attn.c_proj", config.n_embd, config.n_embd)
+        self.c_attn = config.projection("c_attn", config.n_embd, 3 * config.n_embd, parts=3)
+        self.c_proj = config.projection("attn.c_proj", config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, view: View) -> tuple[Tensor, KeyValue]:
@@ -133,8 +133,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = config.linear("mlp.c_fc", config.n_embd, 4 * config.n_embd)
-        self.c_proj = config.linear("mlp.c_proj", 4 * config.n_embd, config.n_embd)
+        self.c_fc = config.projection("mlp.c_fc", config.n_embd, 4 * config.n_embd)
+        self.c_proj = config.projection("mlp.c_proj", 4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,8 +310,7 @@ class Decoder(nn.Module):
                 cache.restart(torch.full_like(lengths, room))
                 tokens = context
             at = None if cache.used else cache.lengths[:, None] - 1  # (B, 1)
-            x, _ = self._run_blocks(tokens, past, at, cache)
-            logits = self._head(x[:, -1])  # (B, V)
+            logits = self._head(self._run_blocks(tokens, past, at, cache)[0][:, -1])  # (B, V)
             tokens = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
             tokens = tokens.masked_fill(ended[:, None], ends[0])  # (B, 1)
             yield logits, tokens

@@ -159,7 +159,7 @@ class Run:
         self.loader = make_loader(
             config, self.model.config, load_tokenizer(config.init_from))
         self.digests = {"base_sha256": checkpoint_digest(config.init_from),
-                        "data_sha256": self.loader.data_sha256}
+                        "data_sha256": self.loader.data_sha256, **self.loader.tokenizer.digests}
         # What is wrong with the test split is an error now, not after the training.
         self.loader.batches(self.loader.spread("test", config.test_size), config.eval_batch_size)
         self.validation = self.loader.spread(

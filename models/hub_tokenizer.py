@@ -1,9 +1,10 @@
 """The tokenizer that a checkpoint of the hub brings with it, and its chat template."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -98,6 +99,12 @@ class HubTokenizer:
         return [self.decode(ids) for ids in batch]
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of all that decides the ids of a prompt, as a fact of a run."""
+        parts = json.dumps([self._contents, self._names, self._chat_template])
+        return {"tokenizer_sha256": hashlib.sha256(parts.encode()).hexdigest()}
+
+    @property
     def has_chat(self) -> bool:
         return bool(self._chat_template)
 
@@ -128,7 +135,8 @@ class HubTokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
     def _find_start(self) -> tuple[int, ...]:
-        found = self._plain.encode("a")  # the mask is 1 for what the post-processor adds
+        with _refusing_damage():
+            found = self._plain.encode("a")  # the mask is 1 for what the post-processor adds
         marks = zip(found.ids, found.special_tokens_mask, strict=True)
         return tuple(i for i, _ in takewhile(lambda mark: mark[1], marks))
 
@@ -140,12 +148,14 @@ class HubTokenizer:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        """The chat template, compiled with the settings and functions that templates rely on."""
+        """The chat template, compiled with the settings and functions that templates rely on.
+
+        It is not told the date: the same question must have the same prompt on every day.
+        """
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(self._chat_template)
 
     def _render(self, message: str) -> str:
@@ -198,10 +208,8 @@ class _Generation(jinja2.ext.Extension):
 
 def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
     """Return a tokenizer of whole, unpadded, plain texts; `special` names more special tokens."""
-    try:
+    with _refusing_damage():
         tokenizer = Tokenizer.from_str(json.dumps(contents))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"tokenizer.json is damaged: {' '.join(str(error).split())}") from None
     added = tokenizer.get_added_tokens_decoder().values()
     known = {token.content for token in added if token.special}  # with white space of their own
     tokenizer.add_special_tokens([
@@ -214,7 +222,20 @@ def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    with _refusing_damage():
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@contextmanager
+def _refusing_damage() -> Iterator[None]:
+    """Turn what the library raises into a ValueError; it raises nothing specific, or panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"tokenizer.json is damaged or not supported: {reason}") from None
 
 
 def _without_prefix(part: Any) -> Any:

@@ -93,10 +93,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.dropout = config.head_size, config.dropout
         C, D, bias = config.n_embd, config.head_size, config.qkv_bias
-        self.q_proj = config.linear("q_proj", C, config.n_head * D, bias)
-        self.k_proj = config.linear("k_proj", C, config.n_kv_head * D, bias)
-        self.v_proj = config.linear("v_proj", C, config.n_kv_head * D, bias)
-        self.o_proj = config.linear("o_proj", config.n_head * D, C, config.output_bias)
+        self.q_proj = config.projection("q_proj", C, config.n_head * D, bias)
+        self.k_proj = config.projection("k_proj", C, config.n_kv_head * D, bias)
+        self.v_proj = config.projection("v_proj", C, config.n_kv_head * D, bias)
+        self.o_proj = config.projection("o_proj", config.n_head * D, C, config.output_bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, view: View) -> tuple[Tensor, KeyValue]:
@@ -118,9 +118,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         C, inner, bias = config.n_embd, config.mlp_size, config.mlp_bias
-        self.gate_proj = config.linear("gate_proj", C, inner, bias)
-        self.up_proj = config.linear("up_proj", C, inner, bias)
-        self.down_proj = config.linear("down_proj", inner, C, bias)
+        self.gate_proj = config.projection("gate_proj", C, inner, bias)
+        self.up_proj = config.projection("up_proj", C, inner, bias)
+        self.down_proj = config.projection("down_proj", inner, C, bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

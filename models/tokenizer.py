@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -39,6 +39,7 @@ class GPT2Encoding(tiktoken.Encoding):
 
     start: tuple[int, ...] = ()
     has_chat = False
+    digests: ClassVar[dict[str, str]] = {}  # it is always the same
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the token ids of plain text; a special token spelled out in it stays plain text.
@@ -105,7 +106,7 @@ def get_tokenizer() -> GPT2Encoding:
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     """Return the tokenizer of a checkpoint: a folder, a GGUF file, or a name of the hub.
 
-    Files that have not changed are read once per process.
+    Local files that have not changed are read once per process.
     Raises FileNotFoundError if the model has no tokenizer.json, OSError if the hub is out of reach,
     ValueError for a tokenizer that is damaged or not supported.
     """
@@ -139,12 +140,12 @@ def _read_parts(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]
         tokenizer_json = read_json(find_file(name_or_dir, contents))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; the model's {contents} is needed") from None
-    found = ""
-    # Most checkpoints have their template in tokenizer_config.json; offline, the hub cannot say so.
-    with suppress(OSError):
-        path = find_file(name_or_dir, template)
-        try:
-            found = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8") from None
-    return tokenizer_json, read_json(find_file(name_or_dir, config)), found
+    about = read_json(find_file(name_or_dir, config))
+    path = None
+    if not about.get("chat_template"):  # else the hub need not be asked
+        with suppress(OSError):  # most models have none; offline, the hub cannot say so
+            path = find_file(name_or_dir, template)
+    try:
+        return tokenizer_json, about, path.read_text("utf-8") if path else ""
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None

@@ -3,7 +3,7 @@
 Dimensions as in `model.py`.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +78,31 @@ def attend(
     `mask` (B or 1, 1, T, S) is True where a query sees an own key; without it attention is causal
     and S = T.
     """
-    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=q.size(1) != k.size(1))
+    shape, shared = q.shape, q.size(1) // k.size(1)
+    if prefix is None and mask is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared > 1)
+    if mask is None:
+        mask = torch.ones(1, 1, shape[2], shape[2], dtype=torch.bool, device=q.device).tril()
+    if shared > 1:  # stand the queries of one key below each other: no key is copied
+        q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
     if prefix is None:
-        return sdpa(q, k, v, mask, dropout, is_causal=mask is None)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
     (B, _, T, D), P = q.shape, prefix[0].size(2)
     prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
-    if mask is None:
-        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
     # For short rows the attention weights take less memory than copies of the prefix.
     if q.device.type == "cpu" and T < 2 * D:
-        return _attend_in_parts(q, k, v, prefix, mask, dropout)
-    k, v = (torch.cat((shared.expand(B, -1, -1, -1), own), dim=2)  # (B, H, P+S, D)
-            for shared, own in zip(prefix, (k, v), strict=True))
-    return sdpa(q, k, v, F.pad(mask, (P, 0), value=True), dropout)
+        return _attend_in_parts(q, k, v, prefix, mask, dropout).reshape(shape)
+    k, v = (torch.cat((first.expand(B, -1, -1, -1), own), dim=2)  # (B, K, P+S, D)
+            for first, own in zip(prefix, (k, v), strict=True))
+    mask = F.pad(mask, (P, 0), value=True)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
 
 
 def _attend_in_parts(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
 ) -> Tensor:
-    """Attend to the prefix for all rows in one product per head, without a copy for each row.
-
-    Queries that share a key stand below each other, as if there were H / K times as many tokens.
-    """
-    shared, shape = q.size(1) // k.size(1), q.shape
-    q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
+    """Attend to the prefix for all rows in one product per head, without a copy for each row."""
     (B, H, T, D), S = q.shape, k.size(2)
     prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
     q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))  # (H·B, T or S, D)
@@ -116,7 +117,7 @@ def _attend_in_parts(
     on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
     y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)  # (H, B·T, P) x (H, P, D)
     y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
-    return y.view(H, B, T, D).transpose(0, 1).reshape(shape)  # (B, H, T, D)
+    return y.view(H, B, T, D).transpose(0, 1)  # (B, H, T, D)
 
 
 def at_positions(x: Tensor, at: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, H, tokens, D)
+KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, K, tokens, D)
 Prefix = list[KeyValue]  # of all layers, of batch 1
 Store = Callable[[Tensor, Tensor], KeyValue]  # appends keys and values, returns those of all tokens
 
@@ -33,7 +33,7 @@ class Cache:
 
     def __init__(self, lengths: Tensor, slots: int) -> None:
         self.slots = slots
-        self.buffers: list[KeyValue] = []  # of each layer, each (B, H, slots, D)
+        self.buffers: list[KeyValue] = []  # of each layer, each (B, K, slots, D)
         self.restart(lengths)
 
     def restart(self, lengths: Tensor) -> None:
@@ -45,7 +45,7 @@ class Cache:
         return self.used == self.slots
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
-        """Write the next `k` and `v` (B, H, T, D) of a layer; return all it holds (B, H, S, D)."""
+        """Write the next `k` and `v` (B, K, T, D) of a layer; return all it holds (B, K, S, D)."""
         if layer == len(self.buffers):  # not before: autocast decides the dtype
             shape = (*k.shape[:2], self.slots, k.size(3))
             self.buffers.append((k.new_empty(shape), v.new_empty(shape)))

@@ -33,7 +33,10 @@ CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
-INPUTS = {"base_sha256": "the base model", "data_sha256": "the data set"}  # facts of a run
+INPUTS = {  # facts of a run
+    "base_sha256": "the base model", "data_sha256": "the data set",
+    "tokenizer_sha256": "the tokenizer",
+}
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
 # These change what a run reports, not what it computes.
 FREE_SETTINGS = {
@@ -123,7 +126,8 @@ def changed_settings(
 
     A setting that `saved` lacks had its default: it was added later.
     """
-    known = {name: value for name, value in saved.items() if hasattr(config, name)}
+    names = {field.name for field in fields(config)}
+    known = {name: value for name, value in saved.items() if name in names}
     saved = asdict(configure(type(config), [], known))  # in the words of this version
     return ", ".join(
         f"{name}={saved[name]!r}, now {value!r}" for name, value in asdict(config).items()

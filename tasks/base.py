@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from models.tokenizer import get_tokenizer
+from models.tokenizer import Tokenizer
 from tasks import scores
 from tasks.scores import Completion, Metric, Prediction, TextPrediction
 from tasks.sources import SPLITS, Record, label_text, read_records, show_row
@@ -91,11 +91,11 @@ class Task(ABC):
     likelihood = False  # whether scoring also computes the likelihood of the right answer
     logged: ClassVar[tuple[str, ...]] = ()  # the results that a validation logs if it is quick
     choices: Sequence[str] = ()  # the possible answers, if they are few
+    tokenizer: Tokenizer | None = None  # of the model; the loader sets it
 
     def __init__(self, prompt: str = "default") -> None:
         self.template = prompt_template(prompt, self.prompts)
         self.chat = prompt == "chat"  # in the model's own chat template
-        self.tokenizer = get_tokenizer()  # GPT-2's, until a loader brings the model's
 
     def prompt(self, record: Record) -> str:
         return self.template.replace("{text}", record[self.text_field])

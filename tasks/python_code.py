@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from models.tokenizer import get_tokenizer
 from tasks import code_scores
 from tasks.base import Task
 from tasks.code_scores import strip_fences
@@ -137,8 +138,9 @@ class PythonCodesTask(Task):
         return f"\n{record['output'].strip()}"
 
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
+        tokenizer = self.tokenizer or get_tokenizer()
         return code_scores.summarize(
-            [record["output"] for record in records], predictions, self.tokenizer.encode_ordinary)
+            [record["output"] for record in records], predictions, tokenizer.encode_ordinary)
 
     def row(self, record: Record) -> Record:
         return {"question": record["question"], "reference": record["output"]}
