@@ -142,7 +142,7 @@ def _read_parts(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]
         raise FileNotFoundError(f"{error}; the model's {contents} is needed") from None
     about = read_json(find_file(name_or_dir, config))
     path = None
-    if not about.get("chat_template"):  # else the hub need not be asked
+    if Path(name_or_dir).is_dir() or not about.get("chat_template"):  # else do not ask the hub
         with suppress(OSError):  # most models have none; offline, the hub cannot say so
             path = find_file(name_or_dir, template)
     try:

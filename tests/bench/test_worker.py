@@ -45,8 +45,8 @@ def test_stored_checkpoint_has_the_weights_and_the_tokenizer_of_the_original(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OwnTokenizer:
-        def save_pretrained(self, folder: str) -> None:
-            Path(folder, "tokenizer.json").write_text("{}")
+        def save_pretrained(self, folder: Path, max_length: int) -> None:
+            (folder / "tokenizer.json").write_text(str(max_length))
 
     monkeypatch.setattr("bench.worker.load_tokenizer", {llama: OwnTokenizer()}.__getitem__)
     with stored_checkpoint(llama) as folder:

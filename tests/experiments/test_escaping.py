@@ -116,7 +116,8 @@ def test_texts_report_shows_any_text_and_makes_nothing_of_it(
     rows = [{"question": text, "reference": text, "generated": text} for text in said]
     for name in ("best", "last"):
         write_json(done.folder / name / "results.json", summarize(
-            list(map(visible, said)), [TextPrediction(text, 5, True, 1.0, 2) for text in said]))
+            list(map(visible, said)), [TextPrediction(text, 5, True, 1.0, 2) for text in said],
+            str.split))
         (done.folder / name / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     page = written(tmp_path, {"answers": [row("<i>LoRA</i>", done)]}, "python -m experiments",
                    init_from="gpt2-mini", **settings)

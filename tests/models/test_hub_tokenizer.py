@@ -122,7 +122,7 @@ def test_chat_has_the_ids_of_transformers_with_the_system_line(
     "{{ bos_token }}{% generation %}{{ messages[0].content | upper }}{% endgeneration %}"
     "{{ eos_token }}{% if tools %}no{% endif %}{{ pad_token }}",
     "{{ messages | tojson }}\n  {% for m in messages %}\n  {{ m.role }}{% break %}{% endfor %}",
-    "{{ strftime_now('%Y') }}<|im_end|> \n {{ messages[0]['content'] }}",
+    "{{ 2024 }}<|im_end|> \n {{ messages[0]['content'] }}",
 ])
 @pytest.mark.parametrize("stripping", [False, True])
 def test_templates_do_what_they_do_in_transformers(template: str, stripping: bool) -> None:
@@ -238,6 +238,31 @@ def write_checkpoint(folder: Path, **files: Any) -> Path:
         if value is not None:
             (folder / f"{name}.json").write_text(json.dumps(value), "utf-8")
     return folder
+
+
+def test_prompt_is_the_same_on_every_day() -> None:
+    template = ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}"
+                "{{ '26 Jul 2024' }}{% endif %} {{ messages[0].content }}")  # as Llama 3.2's
+    found = HubTokenizer(byte_level(), CONFIG | {"chat_template": template})
+    assert found.decode(found.encode_chat("hi")) == "26 Jul 2024 hi"
+
+
+def test_digest_follows_all_that_decides_a_prompt() -> None:
+    first = HubTokenizer(byte_level(), CONFIG).digests
+    assert first == HubTokenizer(byte_level(), CONFIG | {"model_max_length": 9}).digests
+    others = [CONFIG | {"chat_template": CHAT + " "}, CONFIG | {"eos_token": "<|endoftext|>"}]
+    assert all(HubTokenizer(byte_level(), config).digests != first for config in others)
+
+
+@pytest.mark.parametrize("part", [
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0, "<|im_end|>": 1}, "unk_token": "[UNK]"}},
+], ids=["empty pattern", "charsmap", "no unknown token"])
+def test_tokenizer_that_panics_is_refused_in_one_line(part: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is damaged or not supported: ") as refusal:
+        HubTokenizer(byte_level() | part, CONFIG).encode_ordinary("some text")
+    assert "\n" not in str(refusal.value)
 
 
 def test_checkpoints_own_tokenizer_is_loaded_once_until_it_changes(tmp_path: Path) -> None:

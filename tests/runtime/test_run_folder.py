@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
@@ -18,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Settings(run_folder.NewFolderConfig):
-    lora_rank: int = 4
-    seed: int = 1
-    log_interval: int = 1
+    lora_rank: Annotated[int, "a rank"] = 4
+    seed: Annotated[int, "a seed"] = 1
+    log_interval: Annotated[int, "steps"] = 1
 
 
 @dataclass(frozen=True)
 class Longer(Settings):
-    init_from: str = "gpt2"
-    max_iters: int = 9
+    init_from: Annotated[str, "a model"] = "gpt2"
+    max_iters: Annotated[int, "steps"] = 9
 
 
 @dataclass(frozen=True)
