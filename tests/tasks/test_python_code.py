@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_models import loader_of
 
 from models.tokenizer import get_tokenizer
 from tasks import code_scores
@@ -112,10 +113,14 @@ def test_data_edited_in_place_is_read_again(folder: Path) -> None:
     assert read_split(str(folder), "test")[0]["question"] == "edited"
 
 
-def test_split_files_that_share_an_answer_are_refused(folder: Path) -> None:
+def test_training_rows_with_a_held_out_answer_are_left_out_and_counted(folder: Path) -> None:
+    write(folder / "train.jsonl", [row("a", "print(0)"), row("b", "print(3)")])
     write(folder / "test.jsonl", [row("leaks", "```python\nprint( 0 )\n```")])
-    with pytest.raises(ValueError, match=r"the answer to 'leaks' is in train and in test; put all"):
-        read_split(str(folder), "test")
+    assert [record["instruction"] for record in read_split(str(folder), "train")] == ["b"]
+    assert [record["instruction"] for record in read_split(str(folder), "test")] == ["leaks"]
+    assert PythonCodesTask().left_out(str(folder)) == 1
+    notes = loader_of(str(folder)).notes()
+    assert "1 records of train are left out: their answer is in validation or test" in notes
 
 
 @pytest.mark.parametrize("bad", [
