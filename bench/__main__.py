@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bench.flops import matrix_peak, useful_flops
+from bench.report import check_folder, markdown, write
 from bench.rivals import folder_loader
 from bench.worker import (
     SHAPES,
@@ -33,7 +33,7 @@ from bench.worker import (
     spread,
     stored_checkpoint,
 )
-from checkpoints.files import atomic_write, local_path, read_json, writable_folder, write_json
+from checkpoints.files import local_path, writable_folder
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, DataConfig, SentimentTask
 from model import MAX_RANK
@@ -49,7 +49,6 @@ from runtime.device import (
     resolve_dtype,
 )
 from runtime.run_folder import git_commit
-from tasks.scores import markdown_table
 from tasks.sources import Record
 from train import TrainConfig
 
@@ -255,65 +254,6 @@ def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
         with open_checkpoint(point) as folder:
             found["model"][size] = grow(point, 0, config.batch_size, folder)
     return found
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return the report as Markdown tables."""
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = ["# Speed and memory", "", f"`{report['command']}` on {machine}.", ""]
-    for verb, peaks in report.get("peaks", {}).items():
-        lines += [f"{verb}, {dtype}: peak of `F.linear` {peak['plain'] / 1e9:.0f} GFLOP/s, "
-                  f"the best {peak['best'] / 1e9:.0f}.  " for dtype, peak in peaks.items()]
-    if contenders := report.get("contenders"):
-        names = list(contenders)
-        keys = list(contenders[names[0]])
-        lines += markdown_table([["", *names], *([key.replace("_", " ")] + [
-            f"{contenders[name][key]:,.4g}" for name in names] for key in keys)])
-        titles = ["ours against", "times faster", "in the rounds", "of its memory"]
-        lines += markdown_table([titles, *(
-            [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
-             f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
-    for axis, points in report.get("growth", {}).items():
-        keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
-        lines += markdown_table([[axis.replace("_", " "), *keys], *(
-            [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
-    return "\n".join(lines) + "\n"
-
-
-def plot(report: dict[str, Any]) -> Figure:
-    """Plot the reviews per second of each contender, and how our cost grows."""
-    contenders, growing = report.get("contenders", {}), report.get("growth", {})
-    verbs = list(report.get("peaks", {}))
-    number = len(verbs) + len(growing)
-    figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
-    panels = iter(figure.subplots(number, squeeze=False)[:, 0])
-    for verb, panel in zip(verbs, panels):  # noqa: B905  growth takes the rest
-        speeds = [row[f"{verb}_reviews_per_second"] for row in contenders.values()]
-        panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
-        panel.set(title=verb, xlabel="reviews a second", xlim=(0, 1.15 * max(speeds)))
-    for (axis, points), panel in zip(growing.items(), panels, strict=True):
-        for verb, style in (("train", "o-"), ("score", "s--")):
-            panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
-        panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", ylim=(0, None))
-        panel.legend()
-    return figure
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError if `folder` holds files of others that a report would overwrite."""
-    files = [folder / f"bench.{suffix}" for suffix in ("json", "md", "png")]
-    ours = files[0].is_file() and "machine" in read_json(files[0])
-    if not ours and (foreign := [path.name for path in files if path.exists()]):
-        raise ValueError(f"out_dir={str(folder)!r} holds a {foreign[0]} that this program did not "
-                         "write; choose another folder")
-
-
-def write(report: dict[str, Any], out_dir: Path) -> None:
-    write_json(out_dir / "bench.json", report)
-    with atomic_write(out_dir / "bench.md") as path:
-        path.write_text(markdown(report), "utf-8")
-    with atomic_write(out_dir / "bench.png") as path:
-        plot(report).savefig(path, dpi=150, format="png")
 
 
 @explain_out_of_memory()

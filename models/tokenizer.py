@@ -13,7 +13,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from checkpoints.files import packaged_file, read_json, write_json
-from checkpoints.gguf_format import gguf_path, read_gguf_tokenizer
+from checkpoints.gguf_format import gguf_path
+from checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from checkpoints.hub_format import CONFIG, find_file
 from models.hub_tokenizer import NO_CHAT, HubTokenizer
 

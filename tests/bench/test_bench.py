@@ -13,16 +13,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from bench.__main__ import (
-    BenchConfig,
-    check_folder,
-    grow,
-    growth,
-    main,
-    markdown,
-    plot,
-    sized_reviews,
-)
+from bench.__main__ import BenchConfig, grow, growth, main, sized_reviews
+from bench.report import check_folder, markdown, plot
 from bench.worker import WAYS, Contender, Measure, checkpoint_bytes, random_checkpoint
 from configurator import configure
 from model import GPT, GPTConfig

@@ -20,9 +20,9 @@ from checkpoints.gguf_format import (
     gguf_path,
     gguf_tensor_shapes,
     read_gguf_config,
-    read_gguf_tokenizer,
     stream_gguf_tensors,
 )
+from checkpoints.gguf_tokenizer import read_gguf_tokenizer
 
 
 @pytest.fixture(scope="module")
