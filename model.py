@@ -258,8 +258,6 @@ class Decoder(nn.Module):
             before = prefix[layer] if prefix else None
             x, own = block(x, View(before, mask, chosen, store, rotation))
             keys_and_values.append(own)
-        if cache is not None:
-            cache.advance(T)
         return self.norm(x), keys_and_values
 
     def _head(self, x: Tensor) -> Tensor:
@@ -309,8 +307,9 @@ class Decoder(nn.Module):
             if cache.is_full():  # the window slides, which changes the position of every token
                 cache.restart(torch.full_like(lengths, room))
                 tokens = context
-            at = None if cache.used else cache.lengths[:, None] - 1  # (B, 1)
-            logits = self._head(self._run_blocks(tokens, past, at, cache)[0][:, -1])  # (B, V)
+            last = [self._run_blocks(part, past, at, cache)[0][:, -1]  # (B, C)
+                    for part, at in cache.turns(tokens)]
+            logits = self._head(torch.cat(last))  # (B, V)
             tokens = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
             tokens = tokens.masked_fill(ended[:, None], ends[0])  # (B, 1)
             yield logits, tokens

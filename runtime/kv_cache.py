@@ -3,7 +3,7 @@
 Dimensions as in `model.py`; S is the number of slots in use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,10 @@ class View(NamedTuple):
     rotation: Tensor | None = None  # of the positions, in families that rotate queries and keys
 
 
+# A part of the prompts has about as many tokens: enough for fast products, few for little padding.
+PART_TOKENS = 512
+
+
 class Cache:
     """Keys and values of a batch during generation, in buffers that are allocated once.
 
@@ -38,26 +42,44 @@ class Cache:
 
     def restart(self, lengths: Tensor) -> None:
         """Forget all tokens and wait for prompts of `lengths` (B,); the buffers are kept."""
-        self.lengths = lengths
+        self.lengths, self.rows = lengths, slice(None)  # the rows that are running
         self.prompt_slots = self.used = 0
 
     def is_full(self) -> bool:
         return self.used == self.slots
 
+    def turns(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield parts of the next `tokens` (B, T) to run in turn, and which positions (B, 1) count.
+
+        Rows of prompts run with few others on a CPU, so that they are padded less: sort them by
+        length. After the last part the tokens count as used.
+        """
+        if self.used:
+            yield tokens, None
+        else:
+            yield from self._prompts(tokens)
+            self.prompt_slots = tokens.size(1)
+        self.used += tokens.size(1)
+
+    def _prompts(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        B = len(tokens)
+        on_cpu = tokens.device.type == "cpu"
+        size = max(1, PART_TOKENS * B // int(self.lengths.sum())) if on_cpu else B
+        for start in range(0, B, size):
+            self.rows = slice(start, start + size)
+            lengths = self.lengths[self.rows]
+            yield tokens[self.rows, : int(lengths.max())], lengths[:, None] - 1
+        self.rows = slice(None)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         """Write the next `k` and `v` (B, K, T, D) of a layer; return all it holds (B, K, S, D)."""
         if layer == len(self.buffers):  # not before: autocast decides the dtype
-            shape = (*k.shape[:2], self.slots, k.size(3))
-            self.buffers.append((k.new_empty(shape), v.new_empty(shape)))
+            shape = (len(self.lengths), k.size(1), self.slots, k.size(3))
+            self.buffers.append((k.new_zeros(shape), v.new_zeros(shape)))
         end = self.used + k.size(2)
-        keys, values = self.buffers[layer]
-        keys[:, :, self.used : end], values[:, :, self.used : end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more slots as used, once all layers have filled them."""
-        self.prompt_slots = self.prompt_slots or tokens
-        self.used += tokens
+        keys, values = (buffer[self.rows, :, :end] for buffer in self.buffers[layer])
+        keys[:, :, self.used :], values[:, :, self.used :] = k, v
+        return keys, values
 
     def next_positions(self) -> Tensor:
         """Return the position (B, 1) of each row's next token, counted from the row's start."""

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from checkpoints.layouts import END_OF_TEXT
 from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, SIZES, GPTConfig
+from runtime import kv_cache
 from runtime.kv_cache import Cache
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
@@ -59,18 +60,27 @@ def test_narrow_and_deep_shapes_equal_transformers(shape: dict[str, Any], tmp_pa
 
 
 def test_cache_gives_positions_and_mask_without_the_padding() -> None:
-    cache, prompt = Cache(torch.tensor([3, 1]), slots=5), torch.zeros(2, 1, 3, 4)
-    cache.append(0, prompt, prompt)
-    cache.advance(3)
+    cache, token = Cache(torch.tensor([3, 1]), slots=5), ids(2, 1)
+    parts = list(cache.turns(ids(2, 3)))
+    assert [(part.shape, at.tolist()) for part, at in parts] == [((2, 3), [[2], [0]])]
     equal(cache.next_positions(), torch.tensor([[3], [1]]))
     seen = torch.tensor([[True, True, True, True], [True, False, False, True]])
     equal(cache.next_mask(), seen[:, None, None])
-    cache.advance(1)
+    assert list(cache.turns(token)) == [(token, None)]
     equal(cache.next_positions(), torch.tensor([[4], [2]]))
     equal(cache.next_mask(), F.pad(seen, (0, 1), value=True)[:, None, None])
     assert not cache.is_full()
-    cache.advance(1)
+    list(cache.turns(token))
     assert cache.is_full()
+
+
+def test_cache_runs_prompts_in_parts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "PART_TOKENS", 8)
+    cache, tokens = Cache(torch.tensor([2, 3, 4, 7]), slots=7), ids(4, 7)
+    first, second = cache.turns(tokens)
+    equal(first[0], tokens[:2, :3])
+    equal(second[0], tokens[2:])
+    assert [at.tolist() for _, at in (first, second)] == [[[1], [2]], [[3], [6]]]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from lora import LoRALinear, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, Decoder
 from models.families import load_config, load_decoder
 from models.llama import Llama
+from runtime import kv_cache
 from runtime.device import autocast
 from runtime.kv_cache import Cache, KeyValue
 
@@ -227,10 +228,13 @@ class TestGeneration:
         assert idx.size(1) == prompt + steps
 
     @pytest.mark.parametrize("prefix_length", [0, 6])
+    @pytest.mark.parametrize("part_tokens", [4, 512], ids=["in parts", "together"])
     @pytest.mark.parametrize("lengths", [(9, 4, 1), (9, 9, 9)])
     def test_padded_rows_stream_what_each_would_alone(
-        self, family: Family, prefix_length: int, lengths: tuple[int, ...]
+        self, family: Family, prefix_length: int, lengths: tuple[int, ...], part_tokens: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(kv_cache, "PART_TOKENS", part_tokens)
         model, idx, prefix = family.adapted().eval(), ids(3, 9), ids(1, prefix_length)
         past = model.prefill(prefix) if prefix_length else None
         steps = list(model.stream(
