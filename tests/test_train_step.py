@@ -147,14 +147,16 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(config: TrainConfig)
     assert model.training
 
 
-def test_compiled_blocks_train_like_the_plain_ones(config: TrainConfig) -> None:
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.faults)])  # a minute of C++
+def test_compiled_blocks_train_like_the_plain_ones(config: TrainConfig, backend: str) -> None:
     config = replace(config, lora_dropout=0.0)
     losses = []
     for compiled in (False, True):
         model = fresh_model(config)
         if compiled:
             for block in model.blocks:
-                block.compile(dynamic=True)
+                block.compile(dynamic=True, backend=backend)
         optimizer, loader = configure_optimizer(model, config), make_loader(config, model.config)
         losses.append([train_step(model, loader.window(i, 8, 4), optimizer, NO_SCALER, 1.0,
                                   torch.float32) for i in range(3)])

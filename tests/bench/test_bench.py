@@ -48,7 +48,10 @@ def test_rank_that_no_model_has_is_refused() -> None:
         configure(BenchConfig, ["lora_rank=20000"])
 
 
-def test_benchmark_runs_every_contender_and_writes_its_report(config: BenchConfig) -> None:
+def test_benchmark_runs_every_contender_and_writes_its_report(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.WINDOW", 16)
     main(config)
     report = json.loads(Path(config.out_dir, "bench.json").read_text())
     assert report["ratios"].keys() == RATIOS
