@@ -309,11 +309,12 @@ def make_loader(
 
     Raises ValueError if `block_size` exceeds the model's or if its vocabulary is too small.
     """
-    if config.block_size > shape.block_size:
-        raise ValueError(f"block_size={config.block_size}, but the model has {shape.block_size}")
+    room = shape.block_size - shape.prefix_tokens
+    if config.block_size > room:
+        raise ValueError(f"block_size={config.block_size}, but the model has {room}")
     task = make_task(config.task, config.prompt)
     loader = CustomDataLoader(
-        resolve_dataset(config).dataset, task, config.block_size or shape.block_size,
+        resolve_dataset(config).dataset, task, config.block_size or room,
         config.train_size, config.seed, tokenizer=tokenizer)
     if shape.vocab_size < loader.tokenizer.n_vocab:
         raise ValueError(f"vocab_size={shape.vocab_size} of the model is below the "

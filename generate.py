@@ -320,12 +320,12 @@ def load_subject(config: GenerateConfig) -> Subject:
     stamp = weights_stamp(folder)
     dtype = of_rank_zero(run_dtype(run, config.dtype, device))
     settings = run.config(ModelSettings)
-    if settings.lora_rank and "base_sha256" in run.facts:
+    if settings.keeps_base and "base_sha256" in run.facts:
         run.refuse_changed_inputs(base_sha256=checkpoint_digest(settings.init_from))
     model = load_checkpoint(folder, settings, device, dtype)
     own_data = str(run.facts.get("data_sha256", ""))
     # A fully tuned checkpoint needs its base no more.
-    tokenizer = load_tokenizer(settings.init_from if settings.lora_rank else folder)
+    tokenizer = load_tokenizer(settings.init_from if settings.keeps_base else folder)
     run.refuse_changed_inputs(**tokenizer.digests)
     return Subject(model, tokenizer, settings, folder, dtype, run.dtype, own_data, {}, stamp)
 

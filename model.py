@@ -6,7 +6,7 @@ shared prefix, S tokens of a row after it, W positions that need an output, C wi
 heads, K heads of keys and values (here H), D features of a head (here C / H), V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from checkpoints.layouts import END_OF_TEXT, GPT2, Layout
 from checkpoints.pretrained import read_shape, read_weights, write_pretrained
 from lora import LoRALinear, is_lora_name, lora_layers
 from runtime.kernels import at_positions, attend, choose_token, linear
-from runtime.kv_cache import Cache, KeyValue, Prefix, View, prefix_length
+from runtime.kv_cache import Cache, KeyValue, Prefix, View, join_prefixes, prefix_length
 
 IGNORE = -100  # target of a position that is not supervised
 MAX_RANK = 10_000  # more than any projection has features
@@ -53,6 +53,8 @@ class DecoderConfig:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("qkv",)
     lora_qkv: str = "split"
+    lora_rank_stabilized: bool = False
+    prefix_tokens: int = 0  # learned keys and values before all tokens
 
     def __post_init__(self) -> None:
         allowed = (*self.groups, *self.groups["all"])
@@ -75,6 +77,7 @@ class DecoderConfig:
             in_features, out_features, bias, lora_rank=self.lora_rank if targeted else 0,
             lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
             lora_groups=parts if self.lora_qkv == "split" else 1,
+            lora_rank_stabilized=self.lora_rank_stabilized,
         )
 
 
@@ -173,6 +176,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.learned_prefix: Callable[[], Prefix] = list  # none; a module if the method has one
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return the input (B, T, C) of the first block, in the precision of the norms."""
@@ -209,6 +213,7 @@ class Decoder(nn.Module):
 
         Raises ValueError if the sequence with its past is longer than the block size.
         """
+        past = past or self.learned_prefix()
         self._check_length(idx.size(1) + prefix_length(past))
         if targets is None:
             return self._head(self._run_blocks(idx, past)[0]), None
@@ -221,13 +226,15 @@ class Decoder(nn.Module):
         return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
 
     def prefill(self, idx: Tensor) -> Prefix:
-        """Return keys and values of a prefix `idx` (1, P), differentiable, to use as `past`."""
+        """Return, to use as `past`, a learned prefix and then `idx` (1, P), differentiable."""
         if len(idx) != 1:
             raise ValueError(f"all rows share a prefix: it is 1 sequence, not {len(idx)}")
+        learned = self.learned_prefix()
         if not idx.numel():
-            return []
-        self._check_length(idx.size(1))
-        return self._run_blocks(idx, at=idx.new_empty(1, 0))[1]
+            return learned
+        self._check_length(idx.size(1) + prefix_length(learned))
+        own = self._run_blocks(idx, learned, at=idx.new_empty(1, 0))[1]
+        return join_prefixes(learned, own)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.block_size
@@ -290,12 +297,12 @@ class Decoder(nn.Module):
         Raises ValueError for a row without tokens, for a negative `temperature` or `top_k`, or if
         rows with a `past` or with `lengths` would exceed the block size.
         """
-        limit = self.config.block_size
+        limit, past = self.config.block_size, past or self.learned_prefix()
         room = limit - prefix_length(past)
         longest = idx.size(1) if lengths is None else int(lengths.max())
         if not idx.size(1) or (lengths is not None and int(lengths.min()) < 1):
             raise ValueError("each prompt needs at least one token")
-        if (past is not None or lengths is not None) and longest + max_new_tokens - 1 > room:
+        if (past or lengths is not None) and longest + max_new_tokens - 1 > room:
             raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
         context = tokens = idx[:, :longest][:, -room:]  # (B, T)
         B, T = context.shape
@@ -339,12 +346,6 @@ class Decoder(nn.Module):
             layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device="cpu"), False)
             layer.reset_lora_parameters()
         return model
-
-    def store_frozen_projections(self, dtype: torch.dtype) -> None:
-        """Convert frozen projections to the compute `dtype` once, instead of at every use."""
-        for module in self.modules():
-            if isinstance(module, LoRALinear) and not module.weight.requires_grad:
-                module.weight.data = module.weight.data.to(dtype)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model in the Hugging Face layout, adapters merged into the weights."""

@@ -165,7 +165,7 @@ class Run:
         self.validation = self.loader.spread(
             "validation", config.eval_iters * config.eval_batch_size)
         self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
-        self.optimizer = configure_optimizer(self.model, config)
+        self.optimizer = configure_optimizer(self.model, config, config.lora_plus_ratio)
         # The default scale of 2^16 overflows in the first steps, which a short run cannot spare.
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)
@@ -330,7 +330,7 @@ def score_checkpoint(run: Run, name: str) -> dict[str, Any]:
 def score_test(run: Run) -> dict[str, dict[str, Any]]:
     """Score the checkpoints, and with `baseline` their base, on the test split; print a table."""
     scores, rows, task, config = {}, [], run.loader.task, run.config
-    if config.lora_rank or config.baseline:
+    if config.keeps_base or config.baseline:
         run_folder.read_run(config.out_dir).refuse_changed_inputs(  # it is loaded again
             base_sha256=checkpoint_digest(config.init_from))
     checkpoints = {"base": {"iteration": 0}} if config.baseline else {}

@@ -1,4 +1,4 @@
-"""Build the model of a run: LoRA adapters on a checkpoint, or all of its weights to train."""
+"""Build the model of a run: a checkpoint, and on it what the run's method adds and trains."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,19 @@ import torch
 
 from checkpoints.files import local_path
 from checkpoints.peft_format import load_adapter, save_adapter
+from checkpoints.trained_format import load_trained, save_trained
 from configurator import Bounds
-from lora import mark_only_lora_as_trainable
+from lora import LoRALinear, mark_only_lora_as_trainable
+from methods.bitfit import train_biases
+from methods.bottleneck import add_bottlenecks
+from methods.prefix_tuning import add_prefix, load_prefix, save_prefix
 from model import MAX_RANK, Decoder, GPTConfig
 from models.families import load_decoder
 from models.tokenizer import Tokenizer, get_tokenizer
 
+MethodName = Literal["lora", "full", "bitfit", "bottleneck", "prefix"]
 Qkv = Literal["split", "shared"]
+Scaling = Literal["standard", "rank_stabilized"]
 # What `lora_targets` said before there were groups, and what older runs still say.
 GPT2_TARGETS = {group: ",".join(names) for group, names in GPTConfig.groups.items()}
 
@@ -33,13 +39,32 @@ class MethodConfig:
     init_from: Annotated[
         str, "gpt2-mini, smollm2, gpt2, a hub id, a folder, a .gguf file, or resume", local_path
     ] = "gpt2-medium"
+    method: Annotated[MethodName, "what is trained"] = "lora"
     lora_rank: Annotated[int, "rank of A and B; 0 is full fine-tuning", Bounds(0, MAX_RANK)] = 128
     lora_alpha: Annotated[float, "the update is scaled by alpha / rank", Bounds(0)] = 512.0
     lora_dropout: Annotated[float, "dropout on the input of A", Bounds(0, 1)] = 0.05
     lora_targets: Annotated[
         str, "qkv, attention, all, or names such as q_proj,v_proj", target_names] = "qkv"
     lora_qkv: Annotated[Qkv, "a pair each for q, k and v, or one A for the three"] = "split"
+    lora_scaling: Annotated[Scaling, "alpha / rank, or alpha / sqrt(rank)"] = "standard"
+    lora_plus_ratio: Annotated[float, "rate of B over that of A (LoRA+)", Bounds(0)] = 1.0
+    bottleneck_size: Annotated[int, "width of the bottlenecks", Bounds(1, MAX_RANK)] = 64
+    bottleneck_norms: Annotated[bool, "train the norms beside the bottlenecks"] = False
+    prefix_tokens: Annotated[int, "positions of the learned prefix", Bounds(1)] = 10
+    prefix_projection: Annotated[
+        int, "features of the network that computes the prefix in training; 0 is none", Bounds(0)
+    ] = 0
     dropout: Annotated[float, "dropout of the model itself", Bounds(0, 1)] = 0.0
+
+    @property
+    def trained(self) -> MethodName:
+        """The method; the homework's word for full fine-tuning is lora_rank=0."""
+        return "full" if self.method == "lora" and not self.lora_rank else self.method
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether a checkpoint holds only what stands beside its base model, or all weights."""
+        return self.trained != "full"
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -49,31 +74,61 @@ class MethodConfig:
 def build_model(
     name: str | Path, config: MethodConfig, device: torch.device, dtype: torch.dtype
 ) -> Decoder:
-    """Load the checkpoint `name` with new adapters, ready to train on `device`.
+    """Load the checkpoint `name` with what the method adds, ready to train on `device`.
 
-    A Path is a local folder; a str may also be a checkpoint of the hub.
+    A Path is a local folder; a str may also be a checkpoint of the hub. What is trained is float32;
+    the frozen projections are stored in the compute `dtype`.
 
-    Adapters are float32; the frozen projections they adapt are stored in the compute `dtype`.
+    Raises ValueError for a method that the model's family cannot have.
     """
-    model = load_decoder(
-        name, dropout=config.dropout, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout, lora_qkv=config.lora_qkv,
-        lora_targets=config.targets,
-    )
-    if config.lora_rank:
-        mark_only_lora_as_trainable(model)
-        model.store_frozen_projections(dtype)
+    model = load_base(name, config)
+    match config.trained:
+        case "lora":
+            mark_only_lora_as_trainable(model)
+        case "bitfit":
+            train_biases(model)
+        case "bottleneck":
+            add_bottlenecks(model, config.bottleneck_size, config.bottleneck_norms)
+        case "prefix":
+            add_prefix(model, config.prefix_tokens, config.prefix_projection)
+    store_frozen_projections(model, dtype)
     return model.to(device)
+
+
+def load_base(name: str | Path, config: MethodConfig) -> Decoder:
+    """Load the checkpoint `name`, with new adapters if the method is LoRA."""
+    return load_decoder(
+        name, dropout=config.dropout, lora_rank=config.lora_rank * (config.trained == "lora"),
+        lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, lora_qkv=config.lora_qkv,
+        lora_targets=config.targets,
+        lora_rank_stabilized=config.lora_scaling == "rank_stabilized",
+    )
+
+
+def store_frozen_projections(model: Decoder, dtype: torch.dtype) -> None:
+    """Convert frozen projections to the compute `dtype` once, instead of at every use."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def save_checkpoint(
     folder: Path, config: MethodConfig, model: Decoder, tokenizer: Tokenizer
 ) -> None:
-    """Write what `load_checkpoint` loads: the adapters in PEFT's layout, or the whole model."""
-    if config.lora_rank:
-        save_adapter(model, folder, config.init_from)
-    else:
-        save_model(folder, model, tokenizer)
+    """Write what `load_checkpoint` loads: what stands beside the base, or the whole model.
+
+    LoRA's adapters and learned prefixes have PEFT's layout.
+    """
+    match config.trained:
+        case "lora":
+            save_adapter(model, folder, config.init_from)
+        case "prefix":
+            save_prefix(model, folder, config.init_from)
+        case "full":
+            save_model(folder, model, tokenizer)
+        case method:
+            save_trained(model, folder, {
+                "method": method, "base_model_name_or_path": config.init_from})
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -86,9 +141,15 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
 def load_checkpoint(
     folder: Path, config: MethodConfig, device: torch.device, dtype: torch.dtype
 ) -> Decoder:
-    """Load what a run saved in `folder`: adapters on their base, or all weights."""
-    if not config.lora_rank:
+    """Load what a run saved in `folder`; raise ValueError if it is another method's."""
+    if not config.keeps_base:
         return build_model(folder, config, device, dtype)
     model = build_model(config.init_from, config, device, dtype)
-    load_adapter(model, folder)
+    match config.trained:
+        case "lora":
+            load_adapter(model, folder)
+        case "prefix":
+            load_prefix(model, folder)
+        case method:
+            load_trained(model, folder, method)
     return model

@@ -79,6 +79,8 @@ def attend(
     and S = T.
     """
     shape, shared = q.shape, q.size(1) // k.size(1)
+    if not q.numel():
+        return q
     if prefix is None and mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared > 1)

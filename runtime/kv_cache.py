@@ -118,5 +118,13 @@ class SharedPrefix:
             torch.autograd.backward(tensors, gradients)
 
 
+def join_prefixes(first: Prefix, second: Prefix) -> Prefix:
+    """Return the keys and values of two prefixes, one after the other; the first may be empty."""
+    if not first:
+        return second
+    return [(torch.cat((k, more_k), dim=2), torch.cat((v, more_v), dim=2))
+            for (k, v), (more_k, more_v) in zip(first, second, strict=True)]
+
+
 def prefix_length(prefix: Prefix | None) -> int:
     return prefix[0][0].size(2) if prefix else 0

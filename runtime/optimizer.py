@@ -44,20 +44,30 @@ def set_learning_rate(
     """Set the learning rate of `iteration` in `optimizer` and return it."""
     rate = learning_rate_at(iteration, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
     return rate
 
 
-def configure_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # allocated now, not between the activations of the first step
+def configure_optimizer(
+    model: nn.Module, config: OptimizerConfig, lora_plus_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, with weight decay on matrices only.
+
+    LoRA's B learns `lora_plus_ratio` times faster than all else (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():  # allocated now, not between the first step's activations
         parameter.grad = torch.zeros_like(parameter)
+    fast = {name for name in trained if name.endswith("lora_B")} if lora_plus_ratio != 1 else set()
+    decayed = {name for name, parameter in trained.items() if parameter.ndim >= 2}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed - fast, "weight_decay": config.weight_decay},
+        {"params": fast, "weight_decay": config.weight_decay, "rate_factor": lora_plus_ratio},
+        {"params": trained.keys() - decayed, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group | {"params": [p for name, p in trained.items() if name in group["params"]]}
+         for group in groups if group["params"]],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
     )

@@ -12,6 +12,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch loads: tests share the
 
 import pytest
 import torch
+from made_families import CONFIGS, Family, make_family
 from made_models import TINY, shaken
 
 from model import GPT, GPTConfig
@@ -41,6 +42,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
     GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=16)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny checkpoint of each family of decoders."""
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints.files import read_json, write_json
 from checkpoints.hub_format import CONFIG, INDEX
 from lora import LoRALinear, lora_layers, mark_only_lora_as_trainable
+from methods.build import store_frozen_projections
 from model import GPT, IGNORE, Decoder
 from models.families import load_config, load_decoder
 from models.llama import Llama
@@ -337,7 +338,7 @@ class TestModes:
         self, family: Family, dtype: torch.dtype
     ) -> None:
         model, idx = mark_only_lora_as_trainable(family.adapted()), ids(2, 9)
-        model.store_frozen_projections(dtype)
+        store_frozen_projections(model, dtype)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         with autocast(torch.device("cpu"), dtype):
             adapted, _ = model(idx)
@@ -357,7 +358,7 @@ class TestModes:
     ) -> None:
         model, idx = mark_only_lora_as_trainable(family.adapted()).train(training), ids(2, 9)
         expected, _ = model(idx)
-        model.store_frozen_projections(torch.bfloat16)
+        store_frozen_projections(model, torch.bfloat16)
         stream = []
         for block in model.blocks:
             block.register_forward_hook(
@@ -381,7 +382,7 @@ class TestModes:
             return torch.cat([loss[None], *(gradient.flatten() for gradient in found)])
 
         expected = gradients()
-        model.store_frozen_projections(torch.bfloat16)
+        store_frozen_projections(model, torch.bfloat16)
         with autocast(torch.device("cpu"), torch.bfloat16):
             found = gradients()
         assert 0 < (found - expected).norm() < 0.05 * expected.norm()
@@ -393,7 +394,7 @@ class TestModes:
         self, family: Family, freeze: Callable[[Decoder], Decoder]
     ) -> None:
         model = freeze(family.adapted("qkv"))
-        model.store_frozen_projections(torch.bfloat16)
+        store_frozen_projections(model, torch.bfloat16)
         projections = {f"{name}.weight" for name, module in model.named_modules()
                        if isinstance(module, LoRALinear)}
         assert len(projections) == LAYERS * len(model.config.groups["all"])
@@ -403,7 +404,7 @@ class TestModes:
 
     def test_trained_projections_keep_their_precision(self, family: Family) -> None:
         model = family.load()
-        model.store_frozen_projections(torch.bfloat16)
+        store_frozen_projections(model, torch.bfloat16)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
