@@ -36,7 +36,9 @@ from runtime.run_folder import FREE_SETTINGS
 from tasks.scores import table
 from train import TrainConfig
 
-PLANNED = ("lora_rank", "lora_alpha", "lora_targets", "lora_qkv", "eval_only", "overwrite")
+PLANNED = (
+    "method", "lora_rank", "lora_alpha", "lora_targets", "lora_qkv", "eval_only", "overwrite",
+)
 
 
 def plan_jobs(

@@ -80,6 +80,26 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
     return figure
 
 
+def accuracy_over_weights(points: Sequence[tuple[str, int, Sequence[float], int]]) -> Figure:
+    """Draw the accuracy of each (label, trained weights, accuracies of its seeds, test examples).
+
+    The weights are on a logarithmic axis; bars are 95 % intervals of the mean.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    styled = zip(points, cycle(STYLES), strict=False)
+    for (name, weights, accuracies, n), (colour, marker, _) in styled:
+        mean = statistics.mean(accuracies)
+        low, high = wilson_interval(mean * n, n)
+        axes.errorbar(weights, mean, yerr=[[mean - low], [high - mean]], fmt=marker, capsize=4,
+                      color=colour, label=shown(name))
+        axes.plot([weights] * len(accuracies), accuracies, "_", markersize=12, color=colour)
+    axes.set(xscale="log", xlabel="trained weights", ylabel="test accuracy, best checkpoint")
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean, 95 % interval; dash: a seed")
+    return figure
+
+
 def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) -> Figure:
     """Draw the validation `loss` (alphas, rates) and write each value into its cell."""
     figure = Figure(figsize=(6, 4), layout="constrained")

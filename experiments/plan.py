@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
+import torch
+
 from checkpoints.files import local_path, slug
 from configurator import Bounds
 from dataloader import find_task
+from methods.bitfit import is_bias_name
+from methods.build import MethodName
 from model import GPT
-from models.families import family_of
+from models.families import family_of, load_config
 from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
@@ -18,6 +22,8 @@ from train import TrainConfig
 
 RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
+# The rates in the middle of the grids of LoRA's siblings, which want larger ones than LoRA.
+PEAKS: dict[MethodName, float] = {"bitfit": 4e-3, "bottleneck": 2e-3, "prefix": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,16 @@ class About(NamedTuple):
 
     fuses_qkv: bool = True
     chats: bool = False
+    has_biases: bool = True
 
 
 def about_model(init_from: str) -> About:
     with suppress(OSError, ValueError):  # whose reason the run itself gives
-        return About(family_of(init_from) is GPT, load_tokenizer(init_from).has_chat)
+        family = family_of(init_from)
+        with torch.device("meta"):
+            names = family(load_config(init_from)).state_dict()
+        return About(family is GPT, load_tokenizer(init_from).has_chat,
+                     any(map(is_bias_name, names)))
     return About()
 
 
@@ -94,6 +105,14 @@ def tuned(
     return Variant(label, name, changes | rate, config.seeds)
 
 
+def sibling(config: ExperimentsConfig, method: MethodName, factor: float) -> Variant:
+    """Return a variant that trains another method than LoRA or full fine-tuning."""
+    changes = rates(config, PEAKS[method], factor)
+    name = method + (f"_rate{factor:g}" if factor != 1 else "")
+    return Variant(f"{method}, rate {changes['learning_rate']:g}", name,
+                   {"method": method, "lora_rank": 0, **changes}, config.seeds)
+
+
 def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     """Return the questions about a task of long answers."""
     lora = partial(adapted, config, rank=64, alpha=256.0)
@@ -119,6 +138,9 @@ def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     prompts = [name for name in dict.fromkeys([config.prompt, *find_task(config.task).prompts])
                if name != "chat" or model.chats]
     peak, full_peak = config.learning_rate, config.full_learning_rate
+    at_rates = [*(lora(f"LoRA r=16, rate {rounded(peak * f)}", factor=f) for f in FACTORS),
+                *(full(f"full, rate {rounded(full_peak * f)}", f) for f in FACTORS)]
+    siblings = [method for method in PEAKS if method != "bitfit" or model.has_biases]
     return {
         "shares": [],
         "zero_shot": [untrained(prompt, prompt) for prompt in prompts],
@@ -129,8 +151,8 @@ def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
             lora(f"prompt: {name}", suffix=f"_{name}", prompt=name) for name in prompts[1:])],
         "grid": [lora(f"α={a:g}, rate {rounded(peak * f)}", 16, a, f)._replace(seeds=1)
                  for a in (16.0, 64.0, 256.0) for f in FACTORS],
-        "rates": [*(lora(f"LoRA r=16, rate {rounded(peak * f)}", factor=f) for f in FACTORS),
-                  *(full(f"full, rate {rounded(full_peak * f)}", f) for f in FACTORS)],
+        "rates": at_rates,
+        "methods": [*at_rates, *(sibling(config, m, f) for m in siblings for f in FACTORS)],
         "layers": [
             lora("r=16, q, k, v: a pair each"),
             *([lora("r=16, q, k, v: one A for all", suffix="_shared", lora_qkv="shared")]

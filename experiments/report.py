@@ -21,6 +21,7 @@ from experiments.sections import (
     curves,
     grid,
     layers,
+    methods,
     prompts,
     rates,
     shares,
@@ -46,7 +47,7 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .7em; font-size: 13px }
 td pre { white-space: pre-wrap; overflow-wrap: anywhere; width: 22em; margin: 0 }"""
 SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
     "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
-    "prompts": prompts, "grid": grid, "rates": rates, "layers": layers,
+    "prompts": prompts, "grid": grid, "rates": rates, "methods": methods, "layers": layers,
     "answers": text_sections.answers, "targets": text_sections.targets,
 }
 

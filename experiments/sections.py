@@ -10,7 +10,13 @@ import torch
 
 from dataloader import find_task
 from experiments.escaping import fenced, plain
-from experiments.figures import accuracy_dots, heat_map, rate_lines, validation_curves
+from experiments.figures import (
+    accuracy_dots,
+    accuracy_over_weights,
+    heat_map,
+    rate_lines,
+    validation_curves,
+)
 from experiments.finished_runs import TrainedRun
 from experiments.plan import RANKS
 from experiments.results import (
@@ -193,22 +199,62 @@ def grid(rows: Sequence[Row], config: TrainConfig) -> Section:
         None if np.isnan(loss).all() else heat_map(alphas, rates, loss))
 
 
+def method_of(row: Row) -> str:
+    return row.changes.get("method") or ("lora" if row.changes["lora_rank"] else "full")
+
+
+def best_rate(name: str, rows: Sequence[Row]) -> tuple[Row, str]:
+    """Return the row of the lowest validation loss, and a line that names its learning rate.
+
+    Some of the `rows`, which differ in their rate, must have finished runs.
+    """
+    best = min((row for row in rows if row.runs), key=lambda row: statistics.mean(losses(row)))
+    rate, grid = best.changes["learning_rate"], [row.changes["learning_rate"] for row in rows]
+    edge = ", at the edge of the grid" if rate in (min(grid), max(grid)) else ""
+    return best, f"- {name}: lowest validation loss at a rate of {rate:g}{edge}."
+
+
 def rates(rows: Sequence[Row], config: TrainConfig) -> Section:
     lines, series, best = [], {}, rows[0]
-    for name, adapted in (("LoRA r=16, α=64", True), ("full fine-tuning", False)):
-        kind = [row for row in rows if bool(row.changes["lora_rank"]) is adapted]
-        grid = [row.changes["learning_rate"] for row in kind]
-        tried = [row for row in kind if row.runs]
-        series[name] = {row.changes["learning_rate"]: losses(row) for row in tried}
-        if tried:
-            best = min(tried, key=lambda row: statistics.mean(losses(row)))
-            rate = best.changes["learning_rate"]
-            edge = ", at the edge of the grid" if rate in (min(grid), max(grid)) else ""
-            lines.append(f"- {name}: lowest validation loss at a rate of {rate:g}{edge}.")
+    for name, method in (("LoRA r=16, α=64", "lora"), ("full fine-tuning", "full")):
+        kind = [row for row in rows if method_of(row) == method]
+        series[name] = {row.changes["learning_rate"]: losses(row) for row in kind if row.runs}
+        if series[name]:
+            best, line = best_rate(name, kind)
+            lines.append(line)
     return Section(
         "LoRA and full fine-tuning, each at its best learning rate", basis(rows),
         [*lines, *accuracy_table(rows, best), *commands(rows)],
         rate_lines(series) if lines else None)
+
+
+METHODS = {
+    "lora": "LoRA r=16, α=64", "bitfit": "BitFit", "bottleneck": "bottleneck adapters",
+    "prefix": "prefix tuning", "full": "full fine-tuning",
+}
+
+
+def methods(rows: Sequence[Row], config: TrainConfig) -> Section:
+    """Compare the methods, each at the rate that was best on the validation split."""
+    lines, chosen = [], []
+    for method, name in METHODS.items():
+        kind = [row for row in rows if method_of(row) == method]
+        if any(row.runs for row in kind):
+            best, line = best_rate(name, kind)
+            lines.append(line)
+            chosen.append(best._replace(label=f"{name}, rate {best.changes['learning_rate']:g}"))
+    title = "LoRA and its siblings, each at its best learning rate"
+    if not chosen:
+        return Section(title, basis(rows), [*accuracy_table(rows, rows[0]), *commands(rows)])
+    points = [(METHODS[method_of(row)], row.runs[0].saved.facts["parameters"]["trained"],
+               [run.results["best"]["accuracy"] for run in row.runs],
+               row.runs[0].results["best"]["n"]) for row in chosen]
+    text = ["", "Merged LoRA, BitFit and full fine-tuning answer as fast as the untouched model. A "
+            "bottleneck or a prefix cannot be merged: `python -m bench what=methods` measures what "
+            "that costs."]
+    return Section(title, basis(rows), [
+        *lines, *accuracy_table(chosen, chosen[0]), *cost(chosen).lines[1:], *text,
+        *commands(rows)], accuracy_over_weights(points))
 
 
 def cost(rows: Sequence[Row]) -> Section:

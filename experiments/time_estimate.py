@@ -60,10 +60,11 @@ class Estimate:
         """Return the FLOPs that an example takes in a run of `settings`."""
         own, prefix, answers = self.tokens(settings.get("prompt", self.config.prompt))
         run = replace(self.config, **{name: settings.get(name, getattr(TrainConfig, name))
-                                      for name in ("lora_rank", "lora_targets")})
+                                      for name in ("method", "lora_rank", "lora_targets")})
         shape = replace(self.shape, lora_targets=run.targets)
-        return useful_flops(
-            shape, own, prefix / self.config.batch_size, run.lora_rank, verb, answers)
+        # LoRA's siblings have as little of their own to compute as adapters of a small rank.
+        rank = run.lora_rank if run.trained in ("lora", "full") else 8
+        return useful_flops(shape, own, prefix / self.config.batch_size, rank, verb, answers)
 
     def training(self, job: Job) -> float:
         """Estimate the seconds of the optimizer steps."""

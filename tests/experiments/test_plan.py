@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_tokenizers import CONFIG as TOKENIZER_CONFIG
+from made_tokenizers import byte_level, make_llama
 
+from checkpoints.files import write_json
 from configurator import configure
 from dataloader import TASKS
 from experiments.__main__ import check, plan_jobs
-from experiments.plan import FACTORS, ExperimentsConfig, plan
+from experiments.plan import FACTORS, PEAKS, ExperimentsConfig, plan
 from tasks.base import ClassificationTask, Task
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ExperimentsConfig()
 QUESTIONS = plan(CONFIG)
 LORA = "r16_alpha64"
+RATES = [f"{LORA}_rate0.25", LORA, f"{LORA}_rate4", "full_rate0.25", "full", "full_rate4"]
 
 
 def changes(question: str) -> list[dict]:
@@ -48,8 +52,9 @@ def test_names_of_runs_never_change_because_folders_bear_them() -> None:
         "prompts": [LORA, *(f"{LORA}_{name}" for name in ("terse", "detailed", "question"))],
         "grid": [f"r16_alpha{alpha}{rate}" for alpha in (16, 64, 256)
                  for rate in ("_rate0.25", "", "_rate4")],
-        "rates": [f"{LORA}_rate0.25", LORA, f"{LORA}_rate4", "full_rate0.25", "full",
-                  "full_rate4"],
+        "rates": RATES,
+        "methods": [*RATES, *(f"{method}{rate}" for method in ("bitfit", "bottleneck", "prefix")
+                              for rate in ("_rate0.25", "", "_rate4"))],
         "layers": [LORA, f"{LORA}_shared", f"{LORA}_attention", f"{LORA}_all"],
     }
     texts = plan(replace(CONFIG, task="python_codes"))
@@ -58,6 +63,16 @@ def test_names_of_runs_never_change_because_folders_bear_them() -> None:
         "answers": ["zero_shot_default", "r8_alpha32", "r64_alpha256", "full"],
         "targets": ["r64_alpha256", "r64_alpha256_attention", "r64_alpha256_all"],
     }
+
+
+def test_bitfit_is_asked_of_models_with_biases_only(tmp_path: Path) -> None:
+    make_llama(eos_token_id=2).save_pretrained(tmp_path)
+    write_json(tmp_path / "tokenizer.json", byte_level())
+    write_json(tmp_path / "tokenizer_config.json", TOKENIZER_CONFIG)
+    asked = plan(replace(CONFIG, init_from=str(tmp_path)))["methods"]
+    assert {variant.changes.get("method") for variant in asked} == {None, "bottleneck", "prefix"}
+    assert {variant.changes["method"]: variant.changes["learning_rate"] for variant in asked
+            if variant.name in PEAKS} == {"bottleneck": 2e-3, "prefix": 1e-2}
 
 
 def test_equal_names_mean_equal_settings_and_the_reverse() -> None:

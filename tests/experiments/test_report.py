@@ -20,7 +20,9 @@ from experiments.sections import accuracy_table, difference, interval, shares
 from runtime.run_folder import FINISHED_FILE
 from tasks.scores import wilson_interval
 
-QUESTIONS = ("shares", "zero_shot", "curves", "alpha", "prompts", "grid", "rates", "layers")
+QUESTIONS = ("shares", "zero_shot", "curves", "alpha", "prompts", "grid", "rates", "methods",
+             "layers")
+DRAWN = {"curves", "alpha", "prompts", "grid", "rates", "methods", "layers"}
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_every_question_gets_a_section_and_one_on_cost_follows(
     found = sections(questions, config, QUESTIONS)
     assert tuple(found) == (*QUESTIONS, "cost")
     drawn = {name for name, section in found.items() if section.figure}
-    assert drawn == {"curves", "alpha", "prompts", "grid", "rates", "layers"}
+    assert drawn == DRAWN
     priced = cells(found["cost"].lines)
     assert priced[1] == ["LoRA", "5", "0.50%", "160.0 ± 0.0", "64.0", "2,048", "2.5"]
     assert len(priced) == 3  # each run once, though several questions share it
@@ -129,6 +131,26 @@ def test_report_names_the_best_rate_and_warns_at_the_edge_of_the_grid(
     assert cells(lines)[0][-1].startswith("best, minus full ")
 
 
+def test_methods_are_compared_at_their_own_best_rates(
+    questions: dict[str, list[Row]], config: ExperimentsConfig, tmp_path: Path
+) -> None:
+    tried = [row(f"prefix {rate}", make_run(tmp_path / f"prefix{rate}", right, loss=loss),
+                 method="prefix", lora_rank=0, learning_rate=rate)
+             for rate, right, loss in ((0.01, "00001", 0.4), (0.04, "11111", 0.5))]
+    questions["methods"] += tried
+    section = sections(questions, config, QUESTIONS)["methods"]
+    table = cells(section.lines)
+    labels = ["LoRA r=16, α=64, rate 0.001", "prefix tuning, rate 0.01",
+              "full fine-tuning, rate 0.001"]
+    assert [line[0] for line in table] == ["", *labels, "", *labels]  # accuracies, then costs
+    assert table[2][3] == "0.200"  # chosen by the validation loss, not by the test accuracy
+    assert table[0][-1].startswith("best, minus LoRA r=16, α=64, rate 0.001")
+    (axes,) = section.figure.axes
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "LoRA r=16, α=64", "prefix tuning", "full fine-tuning"]
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -146,13 +168,13 @@ def test_page_contains_its_pictures_and_no_script(
 ) -> None:
     path = write_report(questions, config, "python -m experiments prompt='<b>\n```'", QUESTIONS)
     pictures = {picture.stem for picture in path.parent.glob("*.png")}
-    assert pictures == {"curves", "alpha", "prompts", "grid", "rates", "layers"}
+    assert pictures == DRAWN
     assert all(f"]({name}.png)" in path.read_text() for name in pictures)
     page = Page((path.parent / "report.html").read_text())
     assert page.tags.count("img") == len(pictures)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert page.tags.count("table") == 9
-    assert page.tags.count("details") == 7
+    assert page.tags.count("table") == 11
+    assert page.tags.count("details") == 8
     assert "script" not in page.tags
     assert "b" not in page.tags
 
@@ -173,7 +195,7 @@ def test_template_of_many_lines_breaks_no_table(
     questions["prompts"] = [row._replace(label=text) for row in questions["prompts"]]
     path = write_report(questions, config, "python -m experiments", QUESTIONS)
     page = Page((path.parent / "report.html").read_text())
-    assert page.tags.count("table") == 9
+    assert page.tags.count("table") == 11
     assert page.tags.count("em") == 1  # the one of the head
 
 
