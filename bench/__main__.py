@@ -36,8 +36,9 @@ from bench.worker import (
 from checkpoints.files import local_path, writable_folder
 from configurator import Bounds, run_script
 from dataloader import CustomDataLoader, DataConfig, SentimentTask
+from methods.bitfit import is_bias_name
 from model import MAX_RANK
-from models.families import load_config
+from models.families import load_config, parameter_names
 from models.tokenizer import Tokenizer
 from runtime.device import (
     DTYPES,
@@ -52,9 +53,10 @@ from runtime.run_folder import git_commit
 from tasks.sources import Record
 from train import TrainConfig
 
-PARTS = ("train", "score", "growth")
+PARTS = ("train", "score", "methods", "growth")
 WINDOW = 128  # reviews per optimizer step
 RIVALS = ("handout", "peft")
+SIBLINGS = ("bitfit", "bottleneck", "prefix", "full")  # of LoRA
 MIB = 2**20
 
 
@@ -65,7 +67,7 @@ class BenchConfig(DeviceConfig):
     model: Annotated[
         str, f"{', '.join(SHAPES)} (random weights), smollm2, a hub id, a folder or a .gguf file",
         local_path] = "gpt2"
-    what: Annotated[str, "parts to measure: train, score, growth"] = "train,score,growth"
+    what: Annotated[str, "parts to measure: train, score, methods, growth"] = "train,score,growth"
     lora_rank: Annotated[int, "rank of the adapters on q, k and v", Bounds(1, MAX_RANK)] = 128
     batch_size: Annotated[int, "reviews in one of our micro-batches", Bounds(1)] = 16
     eval_batch_size: Annotated[int, "reviews that ours scores at once", Bounds(1)] = 64
@@ -106,8 +108,10 @@ def contenders(config: BenchConfig) -> list[Contender]:
 
 def training_config(config: BenchConfig, contender: Contender) -> TrainConfig:
     """Return the homework's training settings for one contender."""
-    rank = 0 if contender.way == "full" else config.lora_rank
+    method = contender.way if contender.way in SIBLINGS else "lora"
+    rank = config.lora_rank if method == "lora" else 0
     return TrainConfig(
+        method=method,
         device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
         batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
         lora_rank=rank, lora_alpha=4.0 * rank)
@@ -201,6 +205,23 @@ def add_ratios(report: dict[str, Any], verb: str, speeds: dict[str, list[float]]
             report["memory_ratios"][key] = memory[name] / memory[f"{rival}.float32"]
 
 
+def compare_methods(config: BenchConfig, folder: str) -> dict[str, dict[str, float]]:
+    """Measure LoRA and its siblings: ms per review and MiB of training and scoring."""
+    biased = any(map(is_bias_name, parameter_names(folder)))
+    ways = ["ours", *(way for way in SIBLINGS if biased or way != "bitfit")]
+    each = [Contender(way, compute_dtype(config), WINDOW, WINDOW) for way in ways]
+    records = SentimentTask().read(config.dataset, "train")
+    points: dict[str, dict[str, float]] = {"lora" if way == "ours" else way: {} for way in ways}
+    for verb in ("train", "score"):
+        measures, _ = take_turns(each, verb, records, folder, config)
+        for point, contender in zip(points.values(), each, strict=True):
+            _, *rounds, _ = measures[contender.name]
+            seconds = statistics.median(measure.seconds for measure in rounds)
+            point |= {f"{verb}_ms": 1e3 * seconds / WINDOW,
+                      f"{verb}_mib": rounds[-1].memory / MIB}
+    return points
+
+
 def sized_reviews(
     tokens: int, number: int, records: Sequence[Record], tokenizer: Tokenizer
 ) -> list[Record]:
@@ -274,6 +295,9 @@ def main(config: BenchConfig) -> None:
     if verbs:
         with open_checkpoint(config) as folder:
             report |= compare(config, folder, verbs)
+    if "methods" in parts:
+        with open_checkpoint(config) as folder:
+            report["methods"] = compare_methods(config, folder)
     if "growth" in parts:
         report["growth"] = growth(config)
     write(report, Path(config.out_dir))

@@ -25,16 +25,22 @@ def markdown(report: dict[str, Any]) -> str:
         lines += markdown_table([titles, *(
             [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
              f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
-    for axis, points in report.get("growth", {}).items():
+    for axis, points in alone(report).items():
         keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
         lines += markdown_table([[axis.replace("_", " "), *keys], *(
             [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
     return "\n".join(lines) + "\n"
 
 
+def alone(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what was measured of ours alone, by axis: the methods, and the growth."""
+    methods = {"method": report["methods"]} if "methods" in report else {}
+    return methods | report.get("growth", {})
+
+
 def plot(report: dict[str, Any]) -> Figure:
-    """Plot the reviews per second of each contender, and how our cost grows."""
-    contenders, growing = report.get("contenders", {}), report.get("growth", {})
+    """Plot the reviews per second of each contender, and our cost along each axis."""
+    contenders, growing = report.get("contenders", {}), alone(report)
     verbs = list(report.get("peaks", {}))
     number = len(verbs) + len(growing)
     figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
@@ -44,7 +50,8 @@ def plot(report: dict[str, Any]) -> Figure:
         panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
         panel.set(title=verb, xlabel="reviews a second", xlim=(0, 1.15 * max(speeds)))
     for (axis, points), panel in zip(growing.items(), panels, strict=True):
-        for verb, style in (("train", "o-"), ("score", "s--")):
+        styles = ("o", "s") if axis == "method" else ("o-", "s--")
+        for verb, style in zip(("train", "score"), styles, strict=True):
             panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
         panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", ylim=(0, None))
         panel.legend()

@@ -7,17 +7,17 @@ tests check that both compute the same losses, gradients and answers as ours, fo
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.peft_format import save_adapter
 from dataloader import CustomDataLoader, DataConfig, make_loader, pad
 from generate import ModelSampler
-from lora import LoRALinear, lora_layers
-from methods.build import build_model
+from lora import LoRALinear
+from methods.build import build_model, save_checkpoint
 from model import IGNORE
 from models.families import family_of, load_config
 from models.tokenizer import load_tokenizer
@@ -35,10 +35,11 @@ def folder_loader(folder: str, config: DataConfig) -> CustomDataLoader:
 
 
 class Ours:
-    """This package; with `lora_rank=0` full fine-tuning."""
+    """This package, with any method."""
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
-        self.folder, self.dtype = folder, resolve_dtype(config.dtype, device)
+        self.config = replace(config, init_from=folder)
+        self.dtype = resolve_dtype(config.dtype, device)
         self.model = build_model(folder, config, device, self.dtype)
         self.loader = folder_loader(folder, config)
         self.batch_size, self.eval_batch_size = config.batch_size, config.eval_batch_size
@@ -57,10 +58,7 @@ class Ours:
         return [prediction.generated for prediction in sampler.predict(records)]
 
     def save(self, folder: Path) -> None:
-        if lora_layers(self.model):
-            save_adapter(self.model, folder, self.folder)
-        else:
-            self.model.save_pretrained(folder)
+        save_checkpoint(folder, self.config, self.model, self.loader.tokenizer)
 
 
 class DenseLoRALinear(LoRALinear):

@@ -25,8 +25,9 @@ from train import TrainConfig
 
 # The embedded model has 256 positions; here it gets 1,024, for long reviews.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
-Way = Literal["ours", "full", "handout", "peft"]
-WAYS = {"ours": Ours, "full": Ours, "handout": HandoutStyle, "peft": PeftStyle}
+Way = Literal["ours", "full", "bitfit", "bottleneck", "prefix", "handout", "peft"]
+WAYS = {"ours": Ours, "full": Ours, "bitfit": Ours, "bottleneck": Ours, "prefix": Ours,
+        "handout": HandoutStyle, "peft": PeftStyle}
 
 
 class Contender(NamedTuple):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -113,6 +114,55 @@ def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) 
     axes.set_yticks(range(len(alphas)), map("{:g}".format, alphas))
     axes.set(xlabel="learning rate", ylabel="α (r = 16)")
     figure.colorbar(image, label="validation loss (nats a token)")
+    return figure
+
+
+def spectra(series: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Draw the singular values of each layer in a panel for each part of `series`."""
+    figure = Figure(figsize=(1 + 3.4 * len(series), 3.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(series), sharey=True))
+    for axes, (part, layers) in zip(panels, series.items(), strict=True):
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+        for layer, (values, colour) in enumerate(zip(layers, colours, strict=True)):
+            ends = layer in (0, len(layers) - 1)
+            axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1,
+                      label=f"layer {layer}" if ends else None)
+        axes.set(title=shown(part), xlabel="index", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("singular value of ΔW")
+    panels[-1].legend()
+    return figure
+
+
+def similarities(maps: Mapping[str, np.ndarray], rows: str, columns: str) -> Figure:
+    """Draw φ(i, j) as a heat map for each part, all on one scale from 0 to 1."""
+    figure = Figure(figsize=(1 + 3.2 * len(maps), 3.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(maps)))
+    for axes, (part, values) in zip(panels, maps.items(), strict=True):
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower",
+                            extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5))
+        axes.set(title=shown(part), xlabel=f"j, {shown(columns)}")
+    panels[0].set_ylabel(f"i, {shown(rows)}")
+    figure.colorbar(image, ax=list(panels), label="φ(i, j)")
+    return figure
+
+
+def accuracy_by_rank(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], n: int) -> Figure:
+    """Draw the accuracy on `n` examples over the directions kept, for each run."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    styled = zip(curves.items(), cycle(STYLES), strict=False)
+    for (name, (kept, accuracies)), (colour, marker, dashes) in styled:
+        low, high = zip(*(wilson_interval(value * n, n) for value in accuracies), strict=True)
+        axes.plot(kept, accuracies, dashes, marker=marker, color=colour, label=shown(name))
+        axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(sorted({k for kept, _ in curves.values() for k in kept}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="singular directions kept in every ΔW", ylabel="validation accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(title="band: 95 % interval")
     return figure
 
 

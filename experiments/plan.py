@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
-import torch
-
 from checkpoints.files import local_path, slug
 from configurator import Bounds
 from dataloader import find_task
 from methods.bitfit import is_bias_name
 from methods.build import MethodName
 from model import GPT
-from models.families import family_of, load_config
+from models.families import family_of, parameter_names
 from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
@@ -66,11 +64,8 @@ class About(NamedTuple):
 
 def about_model(init_from: str) -> About:
     with suppress(OSError, ValueError):  # whose reason the run itself gives
-        family = family_of(init_from)
-        with torch.device("meta"):
-            names = family(load_config(init_from)).state_dict()
-        return About(family is GPT, load_tokenizer(init_from).has_chat,
-                     any(map(is_bias_name, names)))
+        return About(family_of(init_from) is GPT, load_tokenizer(init_from).has_chat,
+                     any(map(is_bias_name, parameter_names(init_from))))
     return About()
 
 

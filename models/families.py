@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.pretrained import read_layout, read_shape
 from model import GPT, Decoder, DecoderConfig
 from models.llama import Llama
@@ -24,3 +26,9 @@ def load_decoder(name_or_dir: str | Path, **changes: Any) -> Decoder:
 def load_config(name_or_dir: str | Path) -> DecoderConfig:
     """Return the config of a checkpoint without its weights; raise as `read_shape` does."""
     return family_of(name_or_dir).config_class(**read_shape(name_or_dir))
+
+
+def parameter_names(name: str | Path) -> list[str]:
+    """Return the names of the parameters of a checkpoint's model; raise as `load_config` does."""
+    with torch.device("meta"):
+        return list(family_of(name)(load_config(name)).state_dict())

@@ -118,6 +118,19 @@ def test_checkpoint_of_another_family_is_compared(
 
 
 @pytest.mark.usefixtures("_gpt2_tokenizer")
+def test_methods_that_the_model_can_have_are_measured(
+    config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.Worker", InProcess)
+    monkeypatch.setattr("bench.__main__.WINDOW", 16)
+    main(replace(config, model=llama, dtype="float32", what="methods"))
+    found = json.loads(Path(config.out_dir, "bench.json").read_text())["methods"]
+    assert list(found) == ["lora", "bottleneck", "prefix", "full"]  # it has no biases
+    assert all(value > 0 for point in found.values() for value in point.values())
+    assert "| bottleneck | " in Path(config.out_dir, "bench.md").read_text()
+
+
+@pytest.mark.usefixtures("_gpt2_tokenizer")
 def test_growth_of_a_checkpoint_has_no_other_sizes_and_no_longer_reviews(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +151,7 @@ def test_model_that_is_nowhere_is_one_line_and_exit_code_2(config: BenchConfig) 
 
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
-    with pytest.raises(ValueError, match="must list one or more of train, score, growth"):
+    with pytest.raises(ValueError, match="must list one or more of train, score, methods, growth"):
         main(BenchConfig(what=what))
 
 
@@ -163,7 +176,7 @@ def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "parts to measure: train, score, growth" in done.stdout
+    assert "parts to measure: train, score, methods, growth" in done.stdout
 
 
 def test_sized_reviews_have_about_the_requested_tokens() -> None:
