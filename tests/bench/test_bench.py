@@ -19,6 +19,7 @@ from bench.worker import WAYS, Contender, Measure, checkpoint_bytes, random_chec
 from configurator import configure
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
+from runtime.device import peak_memory
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,7 @@ def test_benchmark_runs_every_contender_and_writes_its_report(
     config: BenchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.__main__.WINDOW", 16)
+    monkeypatch.setattr("bench.__main__.Worker", InProcess)
     main(config)
     report = json.loads(Path(config.out_dir, "bench.json").read_text())
     assert report["ratios"].keys() == RATIOS
@@ -96,7 +98,8 @@ class InProcess:
         result = (checkpoint_bytes(self.contender) if verb == "checkpoint_bytes" else
                   getattr(self.contender, verb)(argument))
         ended = time.perf_counter()
-        return Measure(result, ended - begun, 2**20, ended - self.started)
+        memory = peak_memory(torch.device("cpu"))
+        return Measure(result, ended - begun, memory, ended - self.started)
 
     def stop(self) -> None:
         pass

@@ -86,7 +86,7 @@ def test_presets_make_the_same_runs() -> None:
         check(config)
         assert plan(config).keys() == QUESTIONS.keys()
         questions = plan(config)
-        assert len(select(jobs_by_question(questions, plan_jobs(config, questions)), "")) == 54
+        assert len(select(jobs_by_question(questions, plan_jobs(config, questions)), "")) == 81
 
 
 def test_sweep_has_every_training_run_of_the_t4() -> None:
