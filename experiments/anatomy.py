@@ -106,7 +106,7 @@ def similarity_section(one: Learned, other: Learned, generator: torch.Generator)
     text = ["φ(i, j) is 1 where the span of the first i right singular vectors of one A lies in "
             "the span of the first j of the other, or the reverse; mean over the layers.", ""]
     return Section(f"Shared subspaces: {plain(one.name)} and {plain(other.name)}", "",
-                   text + markdown_table(lines), similarities(maps, one.name, other.name))
+                   text + markdown_table(lines), similarities(maps))
 
 
 def amplification_section(run: Learned, generator: torch.Generator) -> Section:

@@ -134,15 +134,17 @@ def spectra(series: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     return figure
 
 
-def similarities(maps: Mapping[str, np.ndarray], rows: str, columns: str) -> Figure:
-    """Draw φ(i, j) as a heat map for each part, all on one scale from 0 to 1."""
+def similarities(maps: Mapping[str, np.ndarray]) -> Figure:
+    """Draw φ(i, j) as a heat map for each part, all on one scale from 0 to the largest."""
+    most = max(float(values.max()) for values in maps.values())
     figure = Figure(figsize=(1 + 3.2 * len(maps), 3.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(maps)))
     for axes, (part, values) in zip(panels, maps.items(), strict=True):
-        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower",
-                            extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5))
-        axes.set(title=shown(part), xlabel=f"j, {shown(columns)}")
-    panels[0].set_ylabel(f"i, {shown(rows)}")
+        rows, columns = values.shape
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto",
+                            origin="lower", extent=(0.5, columns + 0.5, 0.5, rows + 0.5))
+        axes.set(title=shown(part), xlabel="j, of the second run")
+    panels[0].set_ylabel("i, of the first run")
     figure.colorbar(image, ax=list(panels), label="φ(i, j)")
     return figure
 
