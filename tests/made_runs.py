@@ -1,17 +1,20 @@
-"""Write folders like those of finished runs, for the tests of the report."""
+"""Folders like those of finished runs, for the tests of the report, and a run in two parts."""
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import train as training
 from checkpoints.files import write_json
 from dataloader import resolve_dataset
 from experiments.jobs import Job
 from experiments.results import Row
 from runtime.run_folder import FINISHED_FILE
-from train import TrainConfig
+from train import TrainConfig, train
 
 
 def make_run(folder: Path, right: str, loss: float = 0.5, **settings: Any) -> Job:
@@ -64,3 +67,14 @@ def cells(lines: list[str]) -> list[list[str]]:
     """Return the cells of the Markdown tables in `lines`."""
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             for line in lines if line.startswith("|") and not line.startswith("|--")]
+
+
+def train_in_two_parts(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, dict[str, Any]]:
+    """Train half of the steps, resume, and return the scores; the first part scores nothing."""
+    whole = replace(config, lr_decay_iters=config.max_iters)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "score_test", lambda run: {})
+        train(replace(whole, max_iters=config.max_iters // 2))
+    return train(whole, resume=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_models import close, read_lines
+from made_runs import train_in_two_parts
 from made_tokenizers import CONFIG, byte_level, make_llama, write_gguf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,11 +52,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
 ) -> None:
     config = replace(on_llama, lora_rank=rank, dropout=0.1, max_iters=4, eval_interval=2)
     whole = replace(config, out_dir=str(tmp_path / "whole"))
-    scores = train(whole)
-    monkeypatch.setattr(training, "score_test", lambda run: {})
-    train(replace(config, max_iters=2, lr_decay_iters=4))
-    monkeypatch.undo()
-    assert train(replace(config, lr_decay_iters=4), resume=True) == scores
+    assert train_in_two_parts(config, monkeypatch) == train(whole)
     expected, found = trained_weights(whole), trained_weights(config)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -72,9 +69,10 @@ def test_training_lowers_the_loss_and_scores_the_model_s_own_tokens(on_llama: Tr
 def test_adapter_answers_alike_in_peft(on_llama: TrainConfig, llama: Path) -> None:
     train(on_llama)
     base = AutoModelForCausalLM.from_pretrained(llama)
-    theirs = PeftModel.from_pretrained(base, Path(on_llama.out_dir, "best")).eval()
+    theirs = PeftModel.from_pretrained(base, Path(on_llama.out_dir, "best")).double().eval()
     ours = training.load_checkpoint(
-        Path(on_llama.out_dir, "best"), on_llama, torch.device("cpu"), torch.float32).eval()
+        Path(on_llama.out_dir, "best"), on_llama, torch.device("cpu"), torch.float32)
+    ours = ours.double().eval()  # in float32, merging alone differs by 1e-5
     idx = torch.arange(3, 43).view(2, 20)
     close(ours(idx)[0], theirs(idx).logits.detach())
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from made_models import read_lines
+from made_runs import train_in_two_parts
 
 import generate
-import train as training
 from checkpoints.files import read_tensors
 from checkpoints.peft_format import ADAPTER
 from generate import GenerateConfig
@@ -32,11 +32,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
     by_method: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = replace(by_method, out_dir=str(tmp_path / "whole"))
-    scores = train(whole)
-    monkeypatch.setattr(training, "score_test", lambda run: {})
-    train(replace(by_method, max_iters=2, lr_decay_iters=4))
-    monkeypatch.undo()
-    assert train(replace(by_method, lr_decay_iters=4), resume=True) == scores
+    assert train_in_two_parts(by_method, monkeypatch) == train(whole)
     for name in ("best", "last"):
         expected, found = (read_tensors(Path(config.out_dir, name, ADAPTER))
                            for config in (whole, by_method))
