@@ -18,9 +18,10 @@ from torch import Tensor
 from checkpoints.files import local_path
 from configurator import Bounds
 from model import IGNORE, DecoderConfig
-from models.hub_tokenizer import NO_CHAT
-from models.tokenizer import Tokenizer, get_tokenizer
+from models.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
+from tasks.arithmetic import ArithmeticTask
 from tasks.base import Task, line_ends, prompt_template
+from tasks.demonstrations import Demonstrations, ShotsConfig, draw, draw_demonstrations
 from tasks.python_code import PythonCodesTask
 from tasks.sentiment import PROMPTS, SentimentTask
 from tasks.sources import SPLITS, Record, data_digest
@@ -33,7 +34,8 @@ def get_sentiment_prompt(text: str, label: str = "", prompt: str = "default") ->
     return prompt_template(prompt, PROMPTS).replace("{text}", text) + answer
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (SentimentTask, PythonCodesTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (SentimentTask, PythonCodesTask, ArithmeticTask)}
 
 
 def find_task(name: str) -> type[Task]:
@@ -62,6 +64,7 @@ class DataConfig(TaskConfig):
 
     block_size: Annotated[int, "longest sequence in tokens; 0 is the model's limit", Bounds(0)] = 0
     train_size: Annotated[int, "examples drawn from the training split; 0 is all", Bounds(0)] = 5000
+    train_balanced: Annotated[bool, "draw equally from each label, as shots= does"] = False
     test_size: Annotated[int, "evenly spaced test examples; 0 is all", Bounds(0)] = 0
     seed: Annotated[int, "for adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
 
@@ -164,13 +167,15 @@ class CustomDataLoader:
     """
 
     def __init__(
-        self, dataset: str, task: Task, block_size: int, train_size: int = 0,
-        seed: int = 0, share_prefix: bool = True, tokenizer: Tokenizer | None = None,
+        self, dataset: str, task: Task, block_size: int, train_size: int = 0, seed: int = 0,
+        share_prefix: bool = True, tokenizer: Tokenizer | None = None, balanced: bool = False,
     ) -> None:
         self.dataset, self.data_sha256 = dataset, data_digest(dataset)
         self.task, self.block_size = task, block_size
         self.train_size, self.seed, self.share_prefix = train_size, seed, share_prefix
+        self.balanced = balanced
         self.tokenizer = task.tokenizer = tokenizer or get_tokenizer()  # GPT-2's
+        self.demonstrations = Demonstrations(task, self.tokenizer)  # none
         self._records: dict[str, list[Record]] = {}
 
     def records(self, split: str) -> list[Record]:
@@ -180,9 +185,16 @@ class CustomDataLoader:
             if not records:
                 raise ValueError(f"{self.dataset}: the {split} split is empty")
             if split == "train" and 0 < self.train_size < len(records):
-                records = random.Random(f"subset {self.seed}").sample(records, self.train_size)
+                group = self.task.group if self.balanced else None
+                records = draw(records, self.train_size, self.seed, group)
             self._records[split] = [self._add_instruction_finetuning(rec) for rec in records]
         return self._records[split]
+
+    def show(self, shots: ShotsConfig, questions: Sequence[Record], room: int) -> None:
+        """Put training examples before every prompt from now on; see `draw_demonstrations`."""
+        longest = max(map(self.task.prompt, questions), key=len)
+        self.demonstrations = draw_demonstrations(
+            shots, self.demonstrations, self.records("train"), longest, self.block_size - room)
 
     def _add_instruction_finetuning(self, rec: Record) -> Record:
         return rec | {"instr_tuned_text": self.task.prompt(rec) + self.task.answer(rec)}
@@ -204,8 +216,8 @@ class CustomDataLoader:
 
     @property
     def answer_room(self) -> int:
-        """Tokens kept free after every prompt."""
-        return max(ANSWER_ROOM, self.longest_answer)
+        """Tokens kept free after every prompt, for reasoning and answer."""
+        return max(ANSWER_ROOM, self.longest_answer) + self.task.reasoning_room
 
     def encode_prompt(self, record: Record, room: int = 0) -> list[int]:
         """Return the prompt's token ids, its text cut so that `room` tokens and the answer fit.
@@ -231,6 +243,8 @@ class CustomDataLoader:
 
     def encode(self, record: Record) -> Example:
         """Return prompt and answer; an answer that was cut does not end with end-of-text."""
+        if self.task.reasoning:
+            raise ValueError("the training examples lack the reasons that this prompt asks for")
         prompt = self.encode_prompt(record)
         answer = [*self.encode_answer(self.task.answer(record)), self.tokenizer.eot_token]
         return Example(prompt, answer[: self.block_size - len(prompt)])
@@ -262,10 +276,7 @@ class CustomDataLoader:
 
     def encode_whole(self, record: Record) -> list[int]:
         """Return the token ids of a prompt, uncut; a special token in a review is plain text."""
-        text = self.task.prompt(record)
-        if self.task.chat:
-            return self.tokenizer.encode_chat(text)
-        return [*self.tokenizer.start, *self.tokenizer.encode_ordinary(text)]
+        return self.demonstrations.encode(self.task.prompt(record))
 
     def encode_answer(self, answer: str) -> list[int]:
         """Tokenize an answer, which continues a prompt; in a chat it begins a message."""
@@ -305,9 +316,8 @@ def make_loader(
 ) -> CustomDataLoader:
     """Return the loader of `config`'s data, in sequences that a model of this `shape` can hold.
 
-    `tokenizer` is the model's; the default is GPT-2's.
-
-    Raises ValueError if `block_size` exceeds the model's or if its vocabulary is too small.
+    `tokenizer` is the model's; the default is GPT-2's. Raises ValueError if `block_size` exceeds
+    the model's, or as `check_tokenizer` does.
     """
     room = shape.block_size - shape.prefix_tokens
     if config.block_size > room:
@@ -315,13 +325,6 @@ def make_loader(
     task = make_task(config.task, config.prompt)
     loader = CustomDataLoader(
         resolve_dataset(config).dataset, task, config.block_size or room,
-        config.train_size, config.seed, tokenizer=tokenizer)
-    if shape.vocab_size < loader.tokenizer.n_vocab:
-        raise ValueError(f"vocab_size={shape.vocab_size} of the model is below the "
-                         f"{loader.tokenizer.n_vocab} tokens of its tokenizer")
-    if loader.tokenizer.eot_token not in shape.end_of_text:
-        raise ValueError(f"the model ends a text with {shape.end_of_text}, its tokenizer with "
-                         f"{loader.tokenizer.eot_token}")
-    if task.chat and not loader.tokenizer.has_chat:
-        raise ValueError(NO_CHAT)
+        config.train_size, config.seed, tokenizer=tokenizer, balanced=config.train_balanced)
+    check_tokenizer(loader.tokenizer, shape, task.chat)
     return loader

@@ -7,9 +7,10 @@ python generate.py init_from=resume out_dir=out export=merged
 python generate.py init_from=gpt2-medium task=python_codes
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -49,6 +50,7 @@ from runtime.device import (
     resolve_dtype,
     set_up_memory,
 )
+from runtime.kv_cache import Prefix
 from runtime.processes import (
     gather_shares,
     leave_job_at_the_end,
@@ -58,15 +60,16 @@ from runtime.processes import (
     start_processes,
     world_size,
 )
-from runtime.result_files import Stamp, spare_results, weights_stamp
+from runtime.result_files import Stamp, results_suffix, spare_results, weights_stamp
 from runtime.run_folder import FolderConfig, read_run, run_dtype
 from tasks.base import filled, line_ends
-from tasks.scores import Completion
+from tasks.demonstrations import ShotsConfig
+from tasks.scores import CONTENT_FREE, Completion, calibrate, fields
 from tasks.sources import Record
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DeviceConfig, FolderConfig):
+class GenerateConfig(ShotsConfig, DeviceConfig, FolderConfig):
     """Settings of `generate.py`."""
 
     init_from: Annotated[
@@ -79,6 +82,7 @@ class GenerateConfig(DeviceConfig, FolderConfig):
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     limit: Annotated[int, "examples to score; -1 is the run's test_size, 0 all", Bounds(-1)] = -1
     text: Annotated[str, "answer this text instead of scoring a split", filled] = ""
+    calibrate: Annotated[bool, "also correct the likeliest label for the prompt's bias"] = False
     export: Annotated[str, "write the merged model to this new folder", local_path] = ""
     max_new_tokens: Annotated[int, "longest answer in tokens; 0 is the task's", Bounds(0)] = 0
     temperature: Annotated[float, "0 is greedy", Bounds(0)] = 0.0
@@ -96,7 +100,7 @@ UNTRAINED = ModelSettings(lora_rank=0, train_size=0)  # a model that has no run
 
 
 @dataclass(frozen=True)
-class Question(DataConfig):
+class Question(ShotsConfig, DataConfig):
     """What is asked of a model, on which data, and how it answers: every "auto" is resolved."""
 
     split: str = "test"
@@ -105,6 +109,7 @@ class Question(DataConfig):
     temperature: float = 0.0
     top_k: int = 0
     sampling_seed: int = 0
+    calibrate: bool = False
     dtype: str = "auto"
 
 
@@ -127,18 +132,24 @@ class ModelSampler:
 
     Prompts run in batches of similar length behind their cached common prefix, with the adapters
     merged. A batch stops as soon as all of its rows have ended. `max_new_tokens=0` is the task's
-    limit, or half of the sequence if that is less.
+    limit, or half of the sequence if that is less. With `calibrate` a label is also chosen by how
+    much likelier it is than in the answers to texts without content.
     """
 
     def __init__(
         self, model: Decoder, loader: CustomDataLoader, dtype: torch.dtype = torch.float32,
         batch_size: int = 64, max_new_tokens: int = 0, temperature: float = 0.0, top_k: int = 0,
+        calibrate: bool = False,
     ) -> None:
         self.model, self.loader, self.dtype = model, loader, dtype
         self.batch_size, self.temperature, self.top_k = batch_size, temperature, top_k
         self.max_new_tokens = max_new_tokens or loader.longest_answer
-        self.choice_ids = [loader.encode_answer(choice)[0]
-                           for choice in loader.task.choices]
+        self.calibrate, self.reasoning = calibrate, loader.task.reasoning
+        if calibrate and (self.reasoning or not loader.task.choices):
+            raise ValueError("calibrate=True needs labels, and a prompt that asks for one at once")
+        longest = self.max_new_tokens + loader.task.reasoning_room
+        self.room = max(loader.answer_room, longest)  # tokens after a prompt
+        self.choice_ids = [loader.encode_answer(choice)[0] for choice in loader.task.choices]
         if len(set(self.choice_ids)) < len(self.choice_ids):
             raise ValueError(f"two of {', '.join(loader.task.choices)} begin with the same token")
 
@@ -151,26 +162,34 @@ class ModelSampler:
         """
         if not records:  # fewer records than processes
             return []
-        room = max(self.loader.answer_room, self.max_new_tokens)
-        prompts = [self.loader.encode_prompt(record, room) for record in records]
+        task = self.loader.task
+        empty = [{task.text_field: text} for text in CONTENT_FREE if self.calibrate]
+        prompts = [self.loader.encode_prompt(each, self.room) for each in (*records, *empty)]
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), autocast(self.model.device, self.dtype):
-            right = self._likelihoods(records) if likelihood else [(0.0, 0)] * len(records)
-            said = self._complete(prompts, progress)
+            right = self._likelihoods(records) if likelihood else [(0.0, 0)] * len(prompts)
+            thoughts = [""] * len(prompts)
+            if reasoning := self.reasoning:
+                said = self._complete(prompts, reasoning.tokens, progress)
+                thoughts = [reasoning.cut(text) for text, *_ in said]
+                prompts = reasoning.conclude(prompts, thoughts, self.loader.tokenizer)
+            said = self._complete(prompts, self.max_new_tokens, progress)
         self.model.train(was_training)
-        judge = self.loader.task.judge
-        return [judge(Completion(*one, *other)) for one, other in zip(said, right, strict=True)]
+        predictions = [task.judge(Completion(*one, *other, thought))
+                       for one, other, thought in zip(said, right, thoughts, strict=True)]
+        return calibrate(predictions, len(empty)) if empty else predictions
 
-    def _complete(self, prompts: list[list[int]], progress: str) -> list[tuple[Any, ...]]:
+    def _complete(self, prompts: list[list[int]], limit: int, progress: str) -> list[tuple]:
         """Return for each prompt: text, tokens, whether it ended, log-probability of choices."""
         prefix = self.loader.prefix(prompts)
         past = self.model.prefill(self._tensor([prefix]).long())
         own = [prompt[len(prefix) :] for prompt in prompts]
-        found: dict[int, tuple[Any, ...]] = {}
+        found: dict[int, tuple] = {}
         parts = self._by_length(own)
         for batch in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
-            found.update(zip(batch, self._answer([own[i] for i in batch], past), strict=True))
+            said = self._continue([own[i] for i in batch], limit, past)
+            found.update(zip(batch, said, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _by_length(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -193,14 +212,13 @@ class ModelSampler:
                 found[i] = part.sum().item(), len(part)
         return [found[i] for i in range(len(records))]
 
-    def _answer(self, prompts: list[list[int]], past: Any) -> list[tuple[Any, ...]]:
-        """Complete `prompts`, given without the prefix that `past` holds."""
+    def _continue(self, prompts: list[list[int]], limit: int, past: Prefix) -> list[tuple]:
+        """Continue a batch of `prompts`, given without the prefix that `past` holds."""
         lengths = self._tensor([len(prompt) for prompt in prompts])
         odds: list[list[float]] = []
         tokens = []
         for logits, token in self.model.stream(
-            self._tensor(pad(prompts, value=0)), self.max_new_tokens, self.temperature,
-            self.top_k, past, lengths,
+            self._tensor(pad(prompts, value=0)), limit, self.temperature, self.top_k, past, lengths,
         ):
             odds = odds or logits.log_softmax(dim=-1)[:, self.choice_ids].tolist()  # (B, choices)
             tokens.append(token)
@@ -214,14 +232,16 @@ class ModelSampler:
                 "prompt": loader.task.template, **({"chat": True} if loader.task.chat else {}),
                 "dtype": dtype_name(self.dtype), "temperature": self.temperature,
                 "top_k": self.top_k, "max_new_tokens": self.max_new_tokens,
-                "block_size": loader.block_size,
+                "block_size": loader.block_size, **loader.demonstrations.facts,
                 **(drawn if self.temperature > 0 and self.top_k != 1 else {})}
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
-        """Return the text up to end-of-text, its number of tokens, and whether it ended."""
+        """Return the text up to its end, its number of tokens, and whether it ended by itself."""
         ends = self.model.config.end_of_text
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        return self.loader.tokenizer.decode(ids[:length]), length, length < len(ids)
+        text = self.loader.tokenizer.decode(ids[:length])
+        own = self.loader.demonstrations.cut(text)
+        return own, length, length < len(ids) or own != text
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, device=self.model.device)
@@ -257,7 +277,7 @@ def score(
         raise ValueError(f"{folder} changed while it was scored: nothing is written")
     with atomic_write(folder / f"predictions{suffix}.jsonl") as path, open(path, "w") as file:
         for record, prediction in zip(records, predictions, strict=True):
-            file.write(json.dumps(task.row(record) | prediction._asdict()) + "\n")
+            file.write(json.dumps(task.row(record) | fields(prediction)) + "\n")
     write_json(folder / f"results{suffix}.json", results)
     return results
 
@@ -272,38 +292,14 @@ def resolve_question(config: GenerateConfig, settings: ModelSettings, dtype: str
         settings = replace(settings, task=task, dataset="auto", prompt="default")
     settings = resolve_dataset(settings)
     own_limit = settings.test_size if config.split == "test" else 0
-    return Question(
-        task=task,
-        dataset=settings.dataset if config.dataset == "auto" else config.dataset,
-        prompt=settings.prompt if config.prompt == "auto" else config.prompt,
-        block_size=config.block_size or settings.block_size,
-        train_size=settings.train_size, test_size=settings.test_size, seed=settings.seed,
-        split=config.split, limit=own_limit if config.limit < 0 else config.limit,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-        sampling_seed=config.seed, dtype=dtype,
-    )
-
-
-def results_suffix(question: Question, own: Question, task: str) -> str:
-    """Name what differs from the run's `own` question, so that no result overwrites another.
-
-    `task` is the run's; both questions name the tokens of their longest answer.
-    """
-    sampled = question.temperature > 0 and question.top_k != 1
-    differs = {
-        question.split: question.split != "test",
-        f"task_{question.task}": question.task != task,
-        f"dataset_{slug(question.dataset)}":
-            anchored(question.dataset) != anchored(own.dataset),
-        f"prompt_{slug(question.prompt)}": question.prompt != own.prompt,
-        f"block{question.block_size}": question.block_size != own.block_size,
-        f"limit{question.limit}": question.limit != own.limit,
-        f"tokens{question.max_new_tokens}": question.max_new_tokens != own.max_new_tokens,
-        f"temperature{str(question.temperature).removesuffix('.0')}_top{question.top_k}"
-        f"_seed{question.sampling_seed}": sampled,
-        question.dtype: question.dtype != own.dtype,
+    resolved = {
+        "task": task, "seed": settings.seed, "sampling_seed": config.seed, "dtype": dtype,
+        "block_size": config.block_size or settings.block_size,
+        "limit": own_limit if config.limit < 0 else config.limit,
     }
-    return "".join(f"-{part}" for part, different in differs.items() if different)
+    asked = {name: value for name, value in asdict(config).items() if value != "auto"}
+    known = asdict(settings) | asked | resolved
+    return Question(**{field.name: known[field.name] for field in dataclasses.fields(Question)})
 
 
 def load_subject(config: GenerateConfig) -> Subject:
@@ -345,16 +341,19 @@ def answer(config: GenerateConfig) -> None:
     question, own = (replace(asked, max_new_tokens=asked.max_new_tokens or loader.longest_answer)
                      for asked in (question, own))
     sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,
-                           question.max_new_tokens, question.temperature, question.top_k)
+                           question.max_new_tokens, question.temperature, question.top_k,
+                           question.calibrate)
     text = [{loader.task.text_field: config.text}] if config.text else []
     records = text or loader.spread(question.split, question.limit)
-    if (cut := loader.texts_cut(records, sampler.max_new_tokens)) and rank() == 0:
+    if question.shots:
+        loader.show(question, records, sampler.room)
+    if (cut := loader.texts_cut(records, sampler.room)) and rank() == 0:
         print(f"{cut:,} of {len(records):,} texts are cut to fit into {loader.block_size} tokens")
     if text:
         if rank() == 0:
             print(*loader.task.tell(*sampler.predict(text)), sep="\n")
         return
-    suffix = results_suffix(question, own, subject.settings.task)
+    suffix = results_suffix(asdict(question), asdict(own), subject.settings.task)
     own_data = subject.own_data if anchored(question.dataset) == anchored(own.dataset) else ""
     facts = sampler.describe() | subject.base
     suffix = spare_results(writable_folder(subject.folder), suffix, facts, own_data)

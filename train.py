@@ -237,16 +237,12 @@ class Run:
         return TrainerState(trained, self.optimizer, self.scaler, self.device)
 
     def save_state(self) -> None:
-        """Write all that the next step depends on; the data order follows from the iteration."""
+        """Write what the next step depends on; the data order follows from the iteration."""
         self.state.save(self.folder, asdict(self.config),
                         **{name: getattr(self, name) for name in PROGRESS})
 
     def load_state(self, saved: run_folder.SavedRun) -> None:
-        """Continue from the saved state; later lines of `metrics.jsonl` are dropped.
-
-        Raises ValueError if the state is damaged or of another run, or if the base model, the data
-        or the number of processes changed.
-        """
+        """Continue from the saved state; later lines of `metrics.jsonl` are dropped."""
         check_same_processes(saved.processes)
         saved.refuse_changed_inputs(**self.digests)
         state = self.state.read(self.folder, *PROGRESS)
@@ -334,8 +330,13 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
         run_folder.read_run(config.out_dir).refuse_changed_inputs(  # it is loaded again
             base_sha256=checkpoint_digest(config.init_from))
     checkpoints = {"base": {"iteration": 0}} if config.baseline else {}
-    for name, saved in (checkpoints | of_rank_zero(run.checkpoints)).items():
-        scores[name] = score_checkpoint(run, name)
+    checkpoints |= of_rank_zero(run.checkpoints)
+    for name, saved in checkpoints.items():
+        if twin := next((other for other in scores if checkpoints[other] == saved), ""):
+            scores[name] = scores[twin]  # saved at the same validation: the weights are equal
+            result_files.copy_results(run.folder / twin, run.folder / name, rank() == 0)
+        else:
+            scores[name] = score_checkpoint(run, name)
         run.metrics.log(run.iteration,
                         **{f"test_{task.headline}_{name}": scores[name][task.headline]})
         loss = f"{saved['loss']:.4f}" if "loss" in saved else ""
@@ -374,10 +375,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
-    """Return the settings of the run in `out_dir` with what the command line changes.
-
-    Raises ValueError, naming them, for changes that would make it another run.
-    """
+    """Return the settings of the run in `out_dir` with what the command line may change."""
     saved = run_folder.read_run(config.out_dir)
     settings = {**saved.settings, **asdict(saved.config(TrainConfig))}  # unknown ones are refused
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})

@@ -77,7 +77,10 @@ def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job
     settings = {name: getattr(config, name) for name in shared} | {
         **variant.changes, "seed": seed, "batch_size": config.eval_batch_size,
         "limit": config.test_size or GenerateConfig.limit}
-    job = make_job(variant.name, "generate.py", settings, GenerateConfig(), config.out_dir)
+    name = variant.name
+    if variant.changes.get("shots"):  # the seed draws them
+        settings["shots_seed"], name = seed, f"{name}-seed{seed}"
+    job = make_job(name, "generate.py", settings, GenerateConfig(), config.out_dir)
     return job._replace(result="zero_shot-*/results*.json")
 
 

@@ -101,6 +101,34 @@ def accuracy_over_weights(points: Sequence[tuple[str, int, Sequence[float], int]
     return figure
 
 
+def accuracy_over_shots(
+    series: Mapping[str, Mapping[int, Sequence[float]]], level: float | None
+) -> Figure:
+    """Draw the accuracy over the number of examples, for each name; bands hold all draws.
+
+    `level` is a line for a model trained on all examples.
+    """
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    styled = zip(series.items(), cycle(STYLES), strict=False)
+    for (name, points), (colour, marker, dashes) in styled:
+        numbers = sorted(points)
+        axes.plot(numbers, [statistics.mean(points[k]) for k in numbers], dashes, marker=marker,
+                  color=colour, label=shown(name))
+        axes.fill_between(numbers, [min(points[k]) for k in numbers],
+                          [max(points[k]) for k in numbers], color=colour, alpha=0.15, linewidth=0)
+    if level is not None:
+        axes.axhline(level, color="k", linestyle=":", label="LoRA on all examples")
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(sorted({k for points in series.values() for k in points}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="labelled examples", ylabel="test accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean; band: all draws", loc="lower right")
+    return figure
+
+
 def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) -> Figure:
     """Draw the validation `loss` (alphas, rates) and write each value into its cell."""
     figure = Figure(figsize=(6, 4), layout="constrained")

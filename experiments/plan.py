@@ -2,25 +2,28 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 from checkpoints.files import local_path, slug
 from configurator import Bounds
-from dataloader import find_task
+from dataloader import find_task, make_loader
 from methods.bitfit import is_bias_name
 from methods.build import MethodName
 from model import GPT
-from models.families import family_of, parameter_names
+from models.families import family_of, load_config, parameter_names
 from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
+from tasks.demonstrations import Demonstrations, ShotsConfig
 from train import TrainConfig
 
 RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
 # The rates in the middle of the grids of LoRA's siblings, which want larger ones than LoRA.
+SHOTS = (1, 2, 4, 8, 16)
+FEW_STEPS = 20  # optimizer steps on a few examples, each of which sees them all
 PEAKS: dict[MethodName, float] = {"bitfit": 4e-3, "bottleneck": 2e-3, "prefix": 1e-2}
 
 
@@ -33,6 +36,7 @@ class ExperimentsConfig(TrainConfig):
     report_dir: Annotated[str, "folder of the report", local_path] = "report"
     only: Annotated[str, "questions or runs with commas; dry_run=True lists them"] = ""
     seeds: Annotated[int, "runs of each variant: seed, seed + 1, ...", Bounds(1)] = 3
+    draws: Annotated[int, "draws of the examples that a prompt shows", Bounds(1)] = 5
     full_learning_rate: Annotated[float, "peak rate of full fine-tuning", Bounds(0)] = 2.5e-4
     full_dropout: Annotated[float, "dropout of full fine-tuning", Bounds(0, 1)] = 0.05
     jobs: Annotated[int, "runs in parallel; they share processors and GPUs", Bounds(1)] = 1
@@ -108,6 +112,51 @@ def sibling(config: ExperimentsConfig, method: MethodName, factor: float) -> Var
                    {"method": method, "lora_rank": 0, **changes}, config.seeds)
 
 
+def shown(config: ExperimentsConfig, number: int) -> Variant:
+    """Return the base model with `number` examples in its prompt, also calibrated."""
+    changes = {"prompt": config.prompt, "shots": number, "calibrate": True}
+    return Variant(f"{number} shots", f"shots{number}", changes, config.draws if number else 1)
+
+
+def taught(config: ExperimentsConfig, number: int) -> Variant:
+    """Return LoRA trained on the examples that `shown` puts into the prompt."""
+    few = {"train_size": number, "train_balanced": True, "batch_size": number,
+           "gradient_accumulation_steps": 1, "max_iters": FEW_STEPS, "eval_interval": FEW_STEPS,
+           "warmup_iters": 0}
+    variant = adapted(config, f"LoRA on {number}", suffix=f"_on{number}", factor=4.0, **few)
+    return variant._replace(seeds=config.draws)
+
+
+def plan_shots(config: ExperimentsConfig) -> list[Variant]:
+    """Return the variants that learn from a few examples, or reason, as far as a sequence allows.
+    """
+    fitting = [number for number in SHOTS if fits(config, config.prompt, number)]
+    reasoned = [name for name in find_task(config.task)().reasoned if fits(config, name)]
+    return [shown(config, 0), *(shown(config, number) for number in fitting),
+            *(taught(config, number) for number in SHOTS), adapted(config, "LoRA on all"),
+            *(untrained(name, name) for name in reasoned)]
+
+
+def fits(config: ExperimentsConfig, prompt: str, shots: int = 0) -> bool:
+    """Return whether a prompt with examples leaves every test question whole, in all draws.
+
+    A model or data out of reach count as fitting: the run itself gives the reason.
+    """
+    try:
+        loader = make_loader(replace(config, prompt=prompt, train_size=0),
+                             load_config(config.init_from), load_tokenizer(config.init_from))
+        questions = loader.spread("test", config.test_size)
+    except (OSError, ValueError):
+        return True
+    try:
+        for seed in range(config.seed, config.seed + (config.draws if shots else 0)):
+            loader.demonstrations = Demonstrations(loader.task, loader.tokenizer)
+            loader.show(ShotsConfig(shots, seed), questions, loader.answer_room)
+    except ValueError:
+        return False
+    return not loader.texts_cut(questions)
+
+
 def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:
     """Return the questions about a task of long answers."""
     lora = partial(adapted, config, rank=64, alpha=256.0)
@@ -155,6 +204,7 @@ def plan_words(config: ExperimentsConfig) -> dict[str, list[Variant]]:
             lora("r=16, q, k, v and output", suffix="_attention", lora_targets="attention"),
             lora("r=16, all linear layers", suffix="_all", lora_targets="all"),
         ],
+        "shots": plan_shots(config),
     }
 
 

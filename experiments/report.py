@@ -21,6 +21,7 @@ from experiments.sections import (
     shares,
     zero_shot,
 )
+from experiments.shot_section import shots
 from train import TrainConfig
 
 TITLE = "# LoRA on"  # the model follows
@@ -29,7 +30,7 @@ PRICED = ("curves", "prompts", "layers", "answers", "targets")
 SECTIONS: dict[str, Callable[[Sequence[Row], TrainConfig], Section]] = {
     "shares": shares, "zero_shot": zero_shot, "curves": curves, "alpha": alpha,
     "prompts": prompts, "grid": grid, "rates": rates, "methods": methods, "layers": layers,
-    "answers": text_sections.answers, "targets": text_sections.targets,
+    "shots": shots, "answers": text_sections.answers, "targets": text_sections.targets,
 }
 
 

@@ -1,9 +1,10 @@
 """An estimate of how long a run takes."""
 
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -52,8 +53,11 @@ class Estimate:
         longest = self.config.block_size or self.shape.block_size
         loader = CustomDataLoader(
             self.config.dataset, task, longest, tokenizer=load_tokenizer(self.config.init_from))
-        prompts, answers = zip(*map(loader.encode, self.records["test"][:100]), strict=True)
-        prefix, answer = len(loader.prefix(prompts)), statistics.mean(map(len, answers))
+        some = self.records["test"][:100]
+        prompts = [loader.encode_prompt(record) for record in some]
+        answers = [loader.encode_answer(task.answer(record)) for record in some]
+        prefix = len(loader.prefix(prompts))
+        answer = 1 + statistics.mean(map(len, answers)) + task.reasoning_room
         return statistics.mean(map(len, prompts)) - prefix + answer - 2, prefix, answer
 
     def flops(self, settings: Mapping[str, Any], verb: str) -> float:
@@ -68,7 +72,9 @@ class Estimate:
 
     def training(self, job: Job) -> float:
         """Estimate the seconds of the optimizer steps."""
-        examples = self.config.max_iters * self.config.window
+        settings = asdict(self.config) | dict(job.settings)
+        examples = math.prod(settings[name] for name in (
+            "max_iters", "batch_size", "gradient_accumulation_steps"))
         return examples * self.flops(job.settings, "train") / self.rate
 
     def seconds(self, job: Job) -> float:

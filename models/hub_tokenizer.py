@@ -108,16 +108,17 @@ class HubTokenizer:
     def has_chat(self) -> bool:
         return bool(self._chat_template)
 
-    def encode_chat(self, message: str) -> list[int]:
-        """Return the ids of the chat template with one user message, up to where the answer begins.
+    def encode_chat(self, *messages: str) -> list[int]:
+        """Return the ids of the chat template with `messages`, up to where the answer begins.
 
-        Special tokens are those of the template; spelled out in the message they stay plain text.
+        They are the user's and the assistant's in turn, the user's last. Special tokens are those
+        of the template; spelled out in a message they stay plain text.
         Raises ValueError if the model has no chat template, or if it fails.
         """
         if not self.has_chat:
             raise ValueError(NO_CHAT)
         special = sorted(self._special, key=len, reverse=True)
-        hidden, restored = _hide(message, special)
+        hidden, restored = _hide(messages, special)
         parts = self._split(self._render(hidden), special)
         return [i for part in parts for i in self._encode_part(part, restored)]
 
@@ -158,11 +159,13 @@ class HubTokenizer:
         environment.globals["raise_exception"] = _raise_exception
         return environment.from_string(self._chat_template)
 
-    def _render(self, message: str) -> str:
+    def _render(self, messages: Sequence[str]) -> str:
+        said = [{"role": ("user", "assistant")[i % 2], "content": message}
+                for i, message in enumerate(messages)]
         try:
             return self._template.render(
-                messages=[{"role": "user", "content": message}], tools=None, documents=None,
-                add_generation_prompt=True, **self._names)
+                messages=said, tools=None, documents=None, add_generation_prompt=True,
+                **self._names)
         except Exception as error:  # a template may do anything, such as divide by zero
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"the model's chat template fails: {reason}") from None
@@ -278,17 +281,18 @@ def _default_template(template: Any) -> str:
     return template if isinstance(template, str) else ""
 
 
-def _hide(message: str, special: list[str]) -> tuple[str, dict[str, str]]:
-    """Replace the special tokens in `message` by marks; return it, and what each mark stands for.
+def _hide(messages: Sequence[str], special: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Replace the special tokens in `messages` by marks; return both, with what each stands for.
 
-    A mark is made of private characters that the message does not have.
+    A mark is made of private characters that the messages do not have.
     """
-    fresh = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in message)
-    marks = {name: next(fresh) for name in special if name in message}
+    text = "".join(messages)
+    fresh = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+    marks = {name: next(fresh) for name in special if any(name in said for said in messages)}
     if not marks:
-        return message, {}
+        return list(messages), {}
     pattern = "|".join(map(re.escape, marks))  # the longest name first
-    hidden = re.sub(pattern, lambda found: marks[found[0]], message)
+    hidden = [re.sub(pattern, lambda found: marks[found[0]], said) for said in messages]
     return hidden, {mark: name for name, mark in marks.items()}
 
 

@@ -16,6 +16,7 @@ from checkpoints.files import packaged_file, read_json, write_json
 from checkpoints.gguf_format import gguf_path
 from checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from checkpoints.hub_format import CONFIG, find_file
+from model import DecoderConfig
 from models.hub_tokenizer import NO_CHAT, HubTokenizer
 
 # OpenAI's published hashes of GPT-2's vocabulary, the same as in tiktoken.
@@ -60,7 +61,7 @@ class GPT2Encoding(tiktoken.Encoding):
         """Return the token ids of plain text that continues another one."""
         return self.encode_ordinary(text)
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, *messages: str) -> list[int]:
         """Raise ValueError: GPT-2 was not trained to chat."""
         raise ValueError(NO_CHAT)
 
@@ -102,6 +103,18 @@ def get_tokenizer() -> GPT2Encoding:
     return GPT2Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
+
+
+def check_tokenizer(tokenizer: Tokenizer, shape: DecoderConfig, chat: bool) -> None:
+    """Raise ValueError if a tokenizer does not fit a model of this `shape`, or cannot `chat`."""
+    if shape.vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"vocab_size={shape.vocab_size} of the model is below the "
+                         f"{tokenizer.n_vocab} tokens of its tokenizer")
+    if tokenizer.eot_token not in shape.end_of_text:
+        raise ValueError(f"the model ends a text with {shape.end_of_text}, its tokenizer with "
+                         f"{tokenizer.eot_token}")
+    if chat and not tokenizer.has_chat:
+        raise ValueError(NO_CHAT)
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:

@@ -7,11 +7,12 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, get_tokenizer
 from tasks import scores
+from tasks.reasoning import Reasoning, WorkedExample, reasoned_prompts
 from tasks.scores import Completion, Metric, Prediction, TextPrediction
 from tasks.sources import SPLITS, Record, label_text, read_records, show_row
 
@@ -94,8 +95,20 @@ class Task(ABC):
     tokenizer: Tokenizer | None = None  # of the model; the loader sets it
 
     def __init__(self, prompt: str = "default") -> None:
-        self.template = prompt_template(prompt, self.prompts)
+        self.reasoning = self.reasoned.get(prompt)  # how the model reasons before it answers
+        templates = {name: reasoning.template for name, reasoning in self.reasoned.items()}
+        self.template = prompt_template(prompt, {**self.prompts, **templates})
         self.chat = prompt == "chat"  # in the model's own chat template
+
+    @property
+    def reasoned(self) -> Mapping[str, Reasoning]:
+        """The prompts that let the model reason first, by name; they are not for training."""
+        return {}
+
+    @property
+    def reasoning_room(self) -> int:
+        """Tokens to keep free for the reasoning before an answer."""
+        return self.reasoning.room(self.tokenizer or get_tokenizer()) if self.reasoning else 0
 
     def prompt(self, record: Record) -> str:
         return self.template.replace("{text}", record[self.text_field])
@@ -121,7 +134,12 @@ class Task(ABC):
     def judge(self, completion: Completion) -> Any:
         """Return the prediction in a completion: a NamedTuple, written to predictions.jsonl."""
         return TextPrediction(completion.text, completion.tokens, completion.ended,
-                              completion.reference_nats, completion.reference_tokens)
+                              completion.reference_nats, completion.reference_tokens,
+                              completion.reasoning)
+
+    def group(self, record: Record) -> Hashable:
+        """Return what a balanced draw of examples has equally often: the label, if there is one."""
+        return None
 
     def row(self, record: Record) -> Record:
         """Return the fields of a record that predictions.jsonl holds beside its prediction."""
@@ -180,6 +198,7 @@ class ClassificationTask(Task):
     """Choose one of a few words; `labels` holds the words, by label."""
 
     labels: tuple[str, ...]
+    worked_examples: Sequence[WorkedExample] = ()  # in the prompt `chain_of_thought`
     answers = "word"
     answer_tokens = 5
     quick = True
@@ -197,6 +216,12 @@ class ClassificationTask(Task):
     @property
     def choices(self) -> Sequence[str]:
         return [self.answer({"label": label}) for label in range(len(self.labels))]
+
+    @property
+    def reasoned(self) -> Mapping[str, Reasoning]:
+        kind = " or ".join(self.labels)
+        question = f"Text: {{text}}\nQuestion: Is this text {kind}?"
+        return reasoned_prompts(question, kind, self.worked_examples, tokens=60)
 
     def read(self, dataset: str, split: str) -> list[Record]:
         records = read_records(dataset, split)
@@ -225,7 +250,11 @@ class ClassificationTask(Task):
         return found[0] if len(found) == 1 else -1
 
     def judge(self, completion: Completion) -> Prediction:
-        return Prediction(completion.text, self.parse(completion.text), completion.choice_logprobs)
+        return Prediction(completion.text, self.parse(completion.text),
+                          completion.choice_logprobs, completion.reasoning)
+
+    def group(self, record: Record) -> int:
+        return record["label"]
 
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
         return scores.summarize([record["label"] for record in records], predictions, self.labels)
@@ -236,8 +265,13 @@ class ClassificationTask(Task):
     def tell(self, prediction: Prediction) -> list[str]:
         label = self.labels[prediction.label] if prediction.label >= 0 else "garbage"
         odds = zip(self.labels, prediction.label_logprobs, strict=True)
-        return [f"continuation: {prediction.generated!r}", f"label: {label}",
-                *(f"P({word}) = {math.exp(logprob):.4f}" for word, logprob in odds)]
+        said = {"reasoning": prediction.reasoning, "continuation": prediction.generated}
+        lines = [f"{name}: {text!r}" for name, text in said.items() if text or name != "reasoning"]
+        lines += [f"label: {label}",
+                  *(f"P({word}) = {math.exp(logprob):.4f}" for word, logprob in odds)]
+        if prediction.calibrated is not None:
+            lines.append(f"calibrated: {self.labels[prediction.calibrated]}")
+        return lines
 
     def describe(self, results: Mapping[str, Any]) -> str:
         return scores.describe(results)

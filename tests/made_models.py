@@ -20,11 +20,18 @@ LORA_TARGETS = GPTConfig.groups["all"]
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-def shaken(model: GPT) -> GPT:
-    """Make every parameter count, and the two labels and end-of-text likely answers."""
+def noisy(model: GPT) -> GPT:
+    """Make every parameter count."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def shaken(model: GPT) -> GPT:
+    """Make every parameter count, and the two labels and end-of-text likely answers."""
+    noisy(model)
+    with torch.no_grad():
         one, other = 2 * torch.randn(2, model.config.n_embd)
         model.transformer.wte.weight[[POSITIVE, NEGATIVE, END]] = torch.stack((one, -one, other))
     return model

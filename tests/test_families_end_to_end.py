@@ -25,17 +25,6 @@ from train import TrainConfig, train
 WEIGHTS = ["adapter_model.safetensors", "model.safetensors"]
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random instruct model of the Llama family and its tokenizer."""
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(max_position_embeddings=512, eos_token_id=2).save_pretrained(folder)
-    write_json(folder / "tokenizer.json", byte_level())
-    write_json(folder / "tokenizer_config.json", CONFIG)
-    return folder
-
-
 @pytest.fixture
 def on_llama(config: TrainConfig, llama: Path) -> TrainConfig:
     return replace(config, init_from=str(llama), lora_targets="all")

@@ -27,7 +27,7 @@ from lora import lora_layers
 from methods.build import build_model, load_checkpoint
 from model import GPT
 from runtime.result_files import spare_results
-from tasks.scores import Prediction, summarize
+from tasks.scores import Prediction, fields, summarize
 
 CPU = torch.device("cpu")
 SETTINGS = ModelSettings(
@@ -52,7 +52,7 @@ def test_score_writes_what_it_returns(model: GPT, tmp_path: Path) -> None:
     assert lines.pop() == ""
     predictions = sampler.predict(records)
     assert [json.loads(line) for line in lines] == [
-        {"text": record["text"], "truth": record["label"], **prediction._asdict()}
+        {"text": record["text"], "truth": record["label"], **fields(prediction)}
         for record, prediction in zip(records, predictions, strict=True)
     ]
     scores = summarize([0, 1, 0, 1], predictions, SentimentTask.labels)
@@ -83,8 +83,9 @@ def suffix(*arguments: str) -> str:
     own = resolve_question(plain, settings, "float32")
     dtype = "float32" if config.dtype == "auto" else config.dtype
     question = resolve_question(config, settings, dtype)
-    return results_suffix(replace(question, max_new_tokens=question.max_new_tokens or 5),
-                          replace(own, max_new_tokens=5), settings.task)
+    question = replace(question, max_new_tokens=question.max_new_tokens or 5)
+    own = replace(own, max_new_tokens=5)
+    return results_suffix(asdict(question), asdict(own), settings.task)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_relative_and_absolute_path_of_the_runs_data_are_one(
     settings = replace(SETTINGS, dataset=str(tmp_path / "data"))
     own, asked = (resolve_question(GenerateConfig(dataset=dataset), settings, "float32")
                   for dataset in ("auto", "data"))
-    assert results_suffix(asked, own, settings.task) == ""
+    assert results_suffix(asdict(asked), asdict(own), settings.task) == ""
 
 
 def save_run(folder: Path, settings: ModelSettings, device: str, dtype: str) -> GPT:

@@ -1,0 +1,104 @@
+"""Labelled examples before a question: a model learns from its context (Brown et al. 2020).
+
+`python generate.py shots=16` shows sixteen, each in the form of the prompt with its answer.
+"""
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Annotated
+
+from configurator import Bounds
+from models.tokenizer import Tokenizer
+from tasks.base import Task
+from tasks.sources import Record
+
+SEPARATOR = "\n\n"  # between the examples; an answer that goes on to another example ends there
+
+
+@dataclass(frozen=True)
+class ShotsConfig:
+    """Settings of the examples that are shown before each question."""
+
+    shots: Annotated[int, "training examples shown before each question", Bounds(0)] = 0
+    shots_seed: Annotated[int, "decides which examples", Bounds(0, 2**63 - 1)] = 0
+    shots_order: Annotated[int, "decides in which order", Bounds(0, 2**63 - 1)] = 0
+
+
+def draw(
+    records: Sequence[Record], number: int, seed: int,
+    group: Callable[[Record], Hashable] | None = None,
+) -> list[Record]:
+    """Draw `number` records; with a `group`, one of each group in turn, as long as it lasts.
+
+    A larger number then draws the same records and more.
+    """
+    if group is None:
+        return random.Random(f"subset {seed}").sample(records, number)
+    groups: dict[Hashable, list[Record]] = {}
+    for record in random.Random(f"balanced {seed}").sample(records, len(records)):
+        groups.setdefault(group(record), []).append(record)
+    turns = zip_longest(*groups.values())
+    return [record for turn in turns for record in turn if record is not None][:number]
+
+
+class Demonstrations:
+    """The examples shown before every question of `task`; none by default."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, examples: Sequence[Record] = ()) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.turns = [(task.prompt(example), task.answer(example)) for example in examples]
+        reasoned = task.reasoning and task.reasoning.stop  # its template holds examples
+        self.stop = SEPARATOR if reasoned or (examples and not task.chat) else ""
+        self.facts: dict[str, int] = {}  # of the results
+        self.ids = [] if task.chat else [i for turn in self.turns for i in self._encode(*turn)]
+
+    def cut(self, text: str) -> str:
+        """Return an answer up to where the model goes on to an example of its own."""
+        return text.partition(self.stop)[0] if self.stop else text
+
+    def _encode(self, prompt: str, answer: str) -> list[int]:
+        """Return the ids of an example; prompt and answer are tokenized apart, as in training."""
+        encode = self.tokenizer.encode_answer
+        return [*self.tokenizer.encode_ordinary(prompt), *encode(answer), *encode(SEPARATOR)]
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of the examples and of `prompt`; in a chat they are earlier messages."""
+        if self.task.chat:
+            said = [text for prompt, answer in self.turns for text in (prompt, answer.lstrip())]
+            return self.tokenizer.encode_chat(*said, prompt)
+        return [*self.tokenizer.start, *self.ids, *self.tokenizer.encode_ordinary(prompt)]
+
+
+def draw_demonstrations(
+    config: ShotsConfig, none: Demonstrations, records: Sequence[Record], question: str, room: int
+) -> Demonstrations:
+    """Draw the examples of `config` from `records`, equally from each label, in random order.
+
+    `none` are the demonstrations of zero shots. Raises ValueError if there are too few records, or
+    if the examples are too long; the message names the largest number that fits. Of `room` tokens
+    they may take what `question` leaves free, at least half.
+    """
+    task, tokenizer, shots = none.task, none.tokenizer, config.shots
+    if task.reasoning:
+        raise ValueError(f"shots={shots}: the training examples give no reasons, but this prompt "
+                         "asks for them; choose another prompt or shots=0")
+    if shots > len(records):
+        raise ValueError(f"shots={shots}, but the training split has {len(records):,} examples")
+    drawn = draw(records, shots, config.shots_seed, task.group)
+    alone = len(none.encode(question))
+    free = room - min(alone, room // 2)
+
+    def length(number: int) -> int:
+        return len(Demonstrations(task, tokenizer, drawn[:number]).encode(question)) - alone
+
+    fits = bisect_right(range(1, shots + 1), free, key=length)
+    if fits < shots:
+        raise ValueError(f"shots={shots} examples are too long: {free} tokens are free for them, "
+                         f"and shots={fits} is the most that fits")
+    order = random.Random(f"order {config.shots_seed} {config.shots_order}")
+    shown = Demonstrations(task, tokenizer, order.sample(drawn, shots))
+    shown.facts = asdict(ShotsConfig(shots, config.shots_seed, config.shots_order))
+    return shown
