@@ -50,6 +50,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(file)
 
 
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leave out what changes no attention: its gradient is rounding, which AdamW makes a step."""
+    return {name: torch.stack(tensor.chunk(3))[::2] if name.endswith("c_attn.bias") else tensor
+            for name, tensor in weights.items()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("older", [False, True], ids=["as it is", "without later settings"])
 def test_older_run_resumes_as_if_never_stopped(
@@ -65,7 +71,8 @@ def test_older_run_resumes_as_if_never_stopped(
         write_state(folder / STATE_FILE, state)
     call(monkeypatch, train, "init_from=resume", f"out_dir={folder.name}", "max_iters=4")
     found, expected = weights(folder / "last"), weights(whole / "last")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        without_key_biases(found), without_key_biases(expected), rtol=1e-4, atol=1e-5)
     here = describe(torch.device("cpu"))
     if all(about[name] == here[name] for name in ("processor", "torch")):
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train as training
 from checkpoints.trainer_state import read_state
 from dataloader import SentimentTask, make_loader
 from methods.build import load_checkpoint
@@ -67,6 +68,24 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(config: TrainConfi
         found = validation_loss(model, loader.batches(loader.records("validation"), 64),
                                 torch.float32)
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_best_and_last_of_one_validation_are_scored_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, score_checkpoint = [], training.score_checkpoint
+
+    def scoring(run: training.Run, name: str) -> dict:
+        scored.append(name)
+        return score_checkpoint(run, name)
+
+    monkeypatch.setattr(training, "score_checkpoint", scoring)
+    best, last = (Path(config.out_dir, name) for name in ("best", "last"))
+    scores = train(replace(config, eval_interval=8, baseline=True))
+    assert scored == ["base", "best"]
+    assert scores["last"] == scores["best"]
+    for name in ("results.json", "predictions.jsonl", "adapter_model.safetensors"):
+        assert (best / name).read_bytes() == (last / name).read_bytes()
 
 
 def test_full_fine_tuning_saves_a_whole_model(config: TrainConfig) -> None:

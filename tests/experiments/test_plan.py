@@ -12,7 +12,7 @@ from checkpoints.files import write_json
 from configurator import configure
 from dataloader import TASKS
 from experiments.__main__ import check, plan_jobs
-from experiments.plan import FACTORS, PEAKS, ExperimentsConfig, plan
+from experiments.plan import FACTORS, PEAKS, SHOTS, ExperimentsConfig, plan
 from tasks.base import ClassificationTask, Task
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,9 @@ def test_names_of_runs_never_change_because_folders_bear_them() -> None:
         "methods": [*RATES, *(f"{method}{rate}" for method in ("bitfit", "bottleneck", "prefix")
                               for rate in ("_rate0.25", "", "_rate4"))],
         "layers": [LORA, f"{LORA}_shared", f"{LORA}_attention", f"{LORA}_all"],
+        "shots": ["shots0", *(f"shots{number}" for number in SHOTS),
+                  *(f"{LORA}_on{number}_rate4" for number in SHOTS), LORA,
+                  "zero_shot_chain_of_thought", "zero_shot_step_by_step"],
     }
     texts = plan(replace(CONFIG, task="python_codes"))
     assert {question: [variant.name for variant in rows] for question, rows in texts.items()} == {
@@ -73,6 +76,30 @@ def test_bitfit_is_asked_of_models_with_biases_only(tmp_path: Path) -> None:
     assert {variant.changes.get("method") for variant in asked} == {None, "bottleneck", "prefix"}
     assert {variant.changes["method"]: variant.changes["learning_rate"] for variant in asked
             if variant.name in PEAKS} == {"bottleneck": 2e-3, "prefix": 1e-2}
+
+
+def test_examples_that_do_not_fit_are_not_asked() -> None:
+    config = replace(CONFIG, init_from="gpt2-mini", dataset="movie_reviews", draws=2)
+    for prompt, shots in (("default", ["shots0", "shots1"]),
+                          ("{text} =", ["shots0", "shots1", "shots2", "shots4"])):
+        names = [variant.name for variant in plan(replace(config, prompt=prompt))["shots"]]
+        assert [name for name in names if name.startswith("shots")] == shots
+        assert "zero_shot_step_by_step" in names
+        assert "zero_shot_chain_of_thought" not in names  # its examples fill the sequence
+
+
+def test_draw_of_a_prompt_is_the_training_set_of_its_lora() -> None:
+    config = replace(CONFIG, draws=3)
+    jobs = plan_jobs(config, plan(config))
+    for number in SHOTS:
+        shown, taught = jobs[f"shots{number}"], jobs[f"{LORA}_on{number}_rate4"]
+        assert [job.settings["shots_seed"] for job in shown] == [
+            config.seed + draw for draw in range(3)]
+        assert [job.settings.get("seed", config.seed) for job in taught] == [
+            job.settings["shots_seed"] for job in shown]
+        assert {(job.settings["train_size"], job.settings["train_balanced"])
+                for job in taught} == {(number, True)}
+        assert len({job.folder for job in (*shown, *taught)}) == 6
 
 
 def test_equal_names_mean_equal_settings_and_the_reverse() -> None:
@@ -116,6 +143,6 @@ def test_presets_of_long_answers_get_their_questions(name: str) -> None:
 def test_kind_of_answers_chooses_the_questions(
     parent: type[Task], like: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = type("NewTask", (parent,), {"prompts": {"default": "{text}"}})
+    task = type("NewTask", (parent,), {"prompts": {"default": "{text}"}, "labels": ("a", "b")})
     monkeypatch.setitem(TASKS, "new", task)
     assert plan(replace(CONFIG, task="new")).keys() == plan(replace(CONFIG, task=like)).keys()

@@ -1,8 +1,19 @@
 """Accuracy judges generated answers: worked examples, published intervals, aligned tables."""
 
+import math
+
 import pytest
 
-from tasks.scores import Prediction, columns, describe, summarize, table, wilson_interval
+from tasks.scores import (
+    Prediction,
+    calibrate,
+    columns,
+    describe,
+    fields,
+    summarize,
+    table,
+    wilson_interval,
+)
 
 
 def test_summary_of_a_worked_example() -> None:
@@ -24,6 +35,34 @@ def test_summary_of_a_worked_example() -> None:
         },
         "constrained_accuracy": 6 / 7,
     }
+
+
+def test_calibration_divides_by_the_odds_of_texts_without_content() -> None:
+    def said(*odds: float) -> Prediction:
+        return Prediction("x", -1, [math.log(p) for p in odds])
+
+    # The bias is (0.6 + 0.3) to (0.3 + 0.1): the first label needs 2.25 times the odds.
+    found = calibrate([said(0.8, 0.1), said(0.6, 0.3), said(0.6, 0.3), said(0.3, 0.1)], 2)
+    assert [prediction.calibrated for prediction in found] == [0, 1]
+    assert [prediction.label_logprobs for prediction in found] == [
+        said(0.8, 0.1).label_logprobs, said(0.6, 0.3).label_logprobs]
+    results = summarize([0, 1], found, ("no", "yes"))
+    assert (results["constrained_accuracy"], results["calibrated_accuracy"]) == (0.5, 1.0)
+    assert results["accuracy"] == 0  # the generated answers are a figure of their own
+    assert describe(results).endswith("constrained accuracy 0.5000, calibrated 1.0000")
+    assert "calibrated_accuracy" not in summarize([0], [said(0.8, 0.1)], ("no", "yes"))
+
+
+def test_calibration_survives_labels_that_are_next_to_impossible() -> None:
+    predictions = [Prediction("x", 0, [-2000.0, -1990.0]), Prediction("", 0, [-1000.0, -3000.0])]
+    assert calibrate(predictions, 1)[0].calibrated == 1
+
+
+def test_fields_with_their_default_are_not_written() -> None:
+    plain = Prediction("x", 0, [-1.0])
+    assert fields(plain) == {"generated": "x", "label": 0, "label_logprobs": [-1.0]}
+    assert fields(plain._replace(reasoning="r", calibrated=0)) == {
+        **fields(plain), "reasoning": "r", "calibrated": 0}
 
 
 def test_all_garbage_is_all_wrong() -> None:
