@@ -4,7 +4,7 @@ python generate.py init_from=gpt2-medium                          before any fin
 python generate.py init_from=resume out_dir=out checkpoint=best   after `train.py`
 python generate.py init_from=resume out_dir=out text="a gorgeous film"
 python generate.py init_from=resume out_dir=out export=merged
-python generate.py init_from=gpt2-medium task=python_codes
+python generate.py init_from=gpt2-medium shots=16 calibrate=True  learns from its context
 """
 
 import dataclasses

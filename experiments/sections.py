@@ -253,12 +253,21 @@ def methods(rows: Sequence[Row], config: TrainConfig) -> Section:
             "bottleneck or a prefix cannot be merged: `python -m bench what=methods` measures what "
             "that costs."]
     return Section(title, basis(rows), [
-        *lines, *accuracy_table(chosen, chosen[0]), *cost(chosen).lines[1:], *text,
+        *lines, *accuracy_table(chosen, chosen[0]), *cost_table(chosen), *text,
         *commands(rows)], accuracy_over_weights(points))
 
 
 def cost(rows: Sequence[Row]) -> Section:
     """Return the section on weights, time, memory and disk space of finished rows."""
+    text = ["The time is that of the optimizer steps alone; programs that ran beside them may "
+            "have slowed them down. Memory is the most that the process held up to its last "
+            "validation (on a GPU, what torch allocated). The checkpoint's size is that of the "
+            "best one's weights on disk. The commands are in the sections above."]
+    return Section("What does it cost?", basis(rows), text + cost_table(rows))
+
+
+def cost_table(rows: Sequence[Row]) -> list[str]:
+    """Return a table with one line for each set of runs."""
     noun = find_task(rows[0].runs[0].config.task).noun
     lines = [["", "trained", "share", "training, s", f"{noun}/s", "memory, MiB", "checkpoint, MB"]]
     priced: dict[str, Row] = {}
@@ -277,8 +286,4 @@ def cost(rows: Sequence[Row]) -> Section:
             f"{parameters['trained'] / parameters['total']:.2%}", mean_and_deviation(seconds, 1),
             speed, f"{statistics.mean(memory):,.0f}",
             f"{first.checkpoint_bytes / 1e6:.1f}" if first.checkpoint_bytes else "–"])
-    text = ["The time is that of the optimizer steps alone; programs that ran beside them may "
-            "have slowed them down. Memory is the most that the process held up to its last "
-            "validation (on a GPU, what torch allocated). The checkpoint's size is that of the "
-            "best one's weights on disk. The commands are in the sections above."]
-    return Section("What does it cost?", basis(rows), text + markdown_table(lines))
+    return markdown_table(lines)

@@ -62,6 +62,7 @@ def test_every_claim_has_its_number(notebook: nbformat.NotebookNode) -> None:
     assert table.search(outputs(notebook, "quote(PROMPT)"))
     again = outputs(notebook, "train.py init_from=resume")
     assert table.search(again)[0] == table.search(trained)[0]
+    assert re.search(r"constrained accuracy 0\.\d{4}, calibrated 0", outputs(notebook, "shots=2"))
     assert "P(positive) = 0." in outputs(notebook, "quote(REVIEW)")
 
 
