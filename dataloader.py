@@ -192,9 +192,9 @@ class CustomDataLoader:
 
     def show(self, shots: ShotsConfig, questions: Sequence[Record], room: int) -> None:
         """Put training examples before every prompt from now on; see `draw_demonstrations`."""
-        longest = max(map(self.task.prompt, questions), key=len)
+        question = max(map(self.task.prompt, questions), key=len)
         self.demonstrations = draw_demonstrations(
-            shots, self.demonstrations, self.records("train"), longest, self.block_size - room)
+            shots, self.demonstrations, self.records("train"), question, self.block_size - room)
 
     def _add_instruction_finetuning(self, rec: Record) -> Record:
         return rec | {"instr_tuned_text": self.task.prompt(rec) + self.task.answer(rec)}
@@ -244,7 +244,7 @@ class CustomDataLoader:
     def encode(self, record: Record) -> Example:
         """Return prompt and answer; an answer that was cut does not end with end-of-text."""
         if self.task.reasoning:
-            raise ValueError("the training examples lack the reasons that this prompt asks for")
+            raise ValueError("this prompt= asks for reasons, which the training examples lack")
         prompt = self.encode_prompt(record)
         answer = [*self.encode_answer(self.task.answer(record)), self.tokenizer.eot_token]
         return Example(prompt, answer[: self.block_size - len(prompt)])

@@ -156,14 +156,12 @@ class ModelSampler:
     def predict(
         self, records: Sequence[Record], progress: str = "", likelihood: bool = False
     ) -> list[Any]:
-        """Return the task's prediction for each record, in the order of `records`.
-
-        With `likelihood` a prediction also holds the log-likelihood of the right answer.
-        """
+        """Return the task's prediction for each record, if asked with the answer's likelihood."""
         if not records:  # fewer records than processes
             return []
         task = self.loader.task
-        empty = [{task.text_field: text} for text in CONTENT_FREE if self.calibrate]
+        empty = [empty for text in CONTENT_FREE if self.calibrate
+                 and self.loader.encode_whole(empty := {task.text_field: text})]
         prompts = [self.loader.encode_prompt(each, self.room) for each in (*records, *empty)]
         was_training = self.model.training
         self.model.eval()
@@ -240,8 +238,9 @@ class ModelSampler:
         ends = self.model.config.end_of_text
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         text = self.loader.tokenizer.decode(ids[:length])
-        own = self.loader.demonstrations.cut(text)
-        return own, length, length < len(ids) or own != text
+        if (own := self.loader.demonstrations.cut(text)) != text:
+            return own, len(self.loader.encode_answer(own)), True
+        return text, length, length < len(ids)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, device=self.model.device)
@@ -291,6 +290,8 @@ def resolve_question(config: GenerateConfig, settings: ModelSettings, dtype: str
     if task != settings.task:
         settings = replace(settings, task=task, dataset="auto", prompt="default")
     settings = resolve_dataset(settings)
+    if config.shots and config.split == "train" and not config.text:
+        raise ValueError(f"shots={config.shots} shows examples of split=train: score another")
     own_limit = settings.test_size if config.split == "test" else 0
     resolved = {
         "task": task, "seed": settings.seed, "sampling_seed": config.seed, "dtype": dtype,

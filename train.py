@@ -242,7 +242,7 @@ class Run:
                         **{name: getattr(self, name) for name in PROGRESS})
 
     def load_state(self, saved: run_folder.SavedRun) -> None:
-        """Continue from the saved state; later lines of `metrics.jsonl` are dropped."""
+        """Continue from the saved state; raises ValueError for one that is damaged or another's."""
         check_same_processes(saved.processes)
         saved.refuse_changed_inputs(**self.digests)
         state = self.state.read(self.folder, *PROGRESS)
@@ -334,7 +334,8 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
     for name, saved in checkpoints.items():
         if twin := next((other for other in scores if checkpoints[other] == saved), ""):
             scores[name] = scores[twin]  # saved at the same validation: the weights are equal
-            result_files.copy_results(run.folder / twin, run.folder / name, rank() == 0)
+            if rank() == 0:
+                result_files.copy_results(run.folder / twin, run.folder / name)
         else:
             scores[name] = score_checkpoint(run, name)
         run.metrics.log(run.iteration,
@@ -375,7 +376,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
-    """Return the settings of the run in `out_dir` with what the command line may change."""
+    """Return the run's settings with the command line's; raises ValueError if it may not change."""
     saved = run_folder.read_run(config.out_dir)
     settings = {**saved.settings, **asdict(saved.config(TrainConfig))}  # unknown ones are refused
     config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})

@@ -69,7 +69,8 @@ def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
     settings |= {**variant.changes, "seed": seed, "overwrite": True}
     job = make_job(
         f"{variant.name}-seed{seed}", "train.py", settings, TrainConfig(), config.out_dir)
-    return job._replace(processes=config.processes)
+    shared = settings["gradient_accumulation_steps"] % config.processes == 0
+    return job._replace(processes=config.processes if shared else 1)
 
 
 def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:

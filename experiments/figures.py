@@ -118,7 +118,7 @@ def accuracy_over_shots(
         axes.fill_between(numbers, [min(points[k]) for k in numbers],
                           [max(points[k]) for k in numbers], color=colour, alpha=0.15, linewidth=0)
     if level is not None:
-        axes.axhline(level, color="k", linestyle=":", label="LoRA on all examples")
+        axes.axhline(level, color="k", linestyle=":", label="LoRA on the training set")
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(sorted({k for points in series.values() for k in points}))
     axes.xaxis.set_major_formatter("{x:g}")

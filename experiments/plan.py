@@ -16,14 +16,14 @@ from models.families import family_of, load_config, parameter_names
 from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
-from tasks.demonstrations import Demonstrations, ShotsConfig
+from tasks.demonstrations import ShotsConfig
 from train import TrainConfig
 
 RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
-# The rates in the middle of the grids of LoRA's siblings, which want larger ones than LoRA.
 SHOTS = (1, 2, 4, 8, 16)
 FEW_STEPS = 20  # optimizer steps on a few examples, each of which sees them all
+# The rates in the middle of the grids of LoRA's siblings, which want larger ones than LoRA.
 PEAKS: dict[MethodName, float] = {"bitfit": 4e-3, "bottleneck": 2e-3, "prefix": 1e-2}
 
 
@@ -128,33 +128,38 @@ def taught(config: ExperimentsConfig, number: int) -> Variant:
 
 
 def plan_shots(config: ExperimentsConfig) -> list[Variant]:
-    """Return the variants that learn from a few examples, or reason, as far as a sequence allows.
-    """
-    fitting = [number for number in SHOTS if fits(config, config.prompt, number)]
-    reasoned = [name for name in find_task(config.task)().reasoned if fits(config, name)]
+    """Return the variants that learn from a few examples, or reason, as far as they fit."""
+    fitting = [number for number in SHOTS if number in fitting_shots(config, config.prompt)]
+    reasoned = [name for name in find_task(config.task)().reasoned
+                if 0 in fitting_shots(config, name)]
     return [shown(config, 0), *(shown(config, number) for number in fitting),
             *(taught(config, number) for number in SHOTS), adapted(config, "LoRA on all"),
             *(untrained(name, name) for name in reasoned)]
 
 
-def fits(config: ExperimentsConfig, prompt: str, shots: int = 0) -> bool:
-    """Return whether a prompt with examples leaves every test question whole, in all draws.
+def fitting_shots(config: ExperimentsConfig, prompt: str) -> list[int]:
+    """Return the numbers of examples, 0 too, beside which every test question fits uncut.
 
-    A model or data out of reach count as fitting: the run itself gives the reason.
+    If the model or the data is out of reach, all count as fitting: the run itself says why.
     """
     try:
         loader = make_loader(replace(config, prompt=prompt, train_size=0),
                              load_config(config.init_from), load_tokenizer(config.init_from))
         questions = loader.spread("test", config.test_size)
+        if loader.texts_cut(questions):
+            return []
     except (OSError, ValueError):
-        return True
-    try:
-        for seed in range(config.seed, config.seed + (config.draws if shots else 0)):
-            loader.demonstrations = Demonstrations(loader.task, loader.tokenizer)
-            loader.show(ShotsConfig(shots, seed), questions, loader.answer_room)
-    except ValueError:
-        return False
-    return not loader.texts_cut(questions)
+        return [0, *SHOTS]
+    found, plain = [0], loader.demonstrations
+    with suppress(ValueError):  # too long, for this number and for all larger ones
+        for number in SHOTS:
+            for seed in range(config.seed, config.seed + config.draws):
+                loader.demonstrations = plain
+                loader.show(ShotsConfig(number, seed), questions, loader.answer_room)
+                if loader.texts_cut(questions):
+                    return found
+            found.append(number)
+    return found
 
 
 def plan_texts(config: ExperimentsConfig) -> dict[str, list[Variant]]:

@@ -72,7 +72,7 @@ def losses(row: Row) -> list[float]:
 
 def commands(rows: Sequence[Row]) -> list[str]:
     """Return the exact commands behind a table, in a folded block."""
-    summary = "the exact commands, first seed; the others differ in seed and out_dir"
+    summary = "the exact commands, first seed; the others differ in seed, shots_seed, out_dir"
     return ["", f'<details markdown="1"><summary>{summary}</summary>', "",
             *fenced(row.jobs[0].command for row in rows), "", "</details>"]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.escaping import plain
 from experiments.figures import accuracy_over_shots
+from experiments.finished_runs import Scores
 from experiments.results import Row, Section, basis, commands, mean_and_deviation
 from tasks.scores import markdown_table
 from train import TrainConfig
@@ -26,13 +27,14 @@ def shots(rows: Sequence[Row], config: TrainConfig) -> Section:
     for number in sorted({*shown, *taught}):
         lines.append([str(number), *shot_cells(shown.get(number)),
                       trained_cell(taught[number]) if number in taught else ""])
-    lines.append(["all", "", "", "", "", trained_cell(whole)])
-    text = ["A prompt shows labelled training examples, equally many of each label, each in the "
-            "form of the question with its answer. Cells hold the mean ± standard deviation over "
-            "the draws, then the lowest and the highest. Constrained accuracy takes the likeliest "
-            "label word; calibrated divides by its probability for texts without content (Zhao et "
-            "al. 2021). Generated answers are a figure of their own: an answer without exactly "
-            "one label word is wrong."]
+    everything = f"{config.train_size:,}" if config.train_size else "all"
+    lines.append([everything, "", "", "", "", trained_cell(whole)])
+    text = ["A prompt shows labelled training examples, each in the form of the question with its "
+            "answer; their numbers per label differ by one at most. Cells hold the mean ± standard "
+            "deviation over the draws, then the lowest and the highest. Constrained accuracy takes "
+            "the likeliest label word; calibrated divides by its probability for texts without "
+            "content (Zhao et al. 2021). Generated answers are scored separately: one without "
+            "exactly one label word is wrong."]
     return Section("Examples in the prompt, or LoRA on the same ones?", basis(rows),
                    [*text, *markdown_table(lines), *reasoning_table(reasoned), *commands(rows)],
                    draw(shown, taught, whole))
@@ -43,7 +45,12 @@ def shot_cells(row: Row | None) -> list[str]:
     found = row.untrained if row else []
     if not found:
         return ["", row.trouble if row else "do not fit", *[""] * (len(WAYS) - 1)]
-    return [str(len(found)), *(spread([each.results[way] for each in found]) for way in WAYS)]
+    return [str(len(found)), *(spread(scores_of(found, way)) for way in WAYS)]
+
+
+def scores_of(found: Sequence[Scores], way: str) -> list[float]:
+    """Return a result of each draw; one that was scored without calibration counts as 0."""
+    return [float(each.results.get(way, 0.0)) for each in found]
 
 
 def trained_cell(row: Row) -> str:
@@ -74,18 +81,18 @@ def reasoning_table(rows: Sequence[Row]) -> list[str]:
             plain(row.label), f"{results['n']:,}", f"{results['accuracy']:.3f}",
             f"{results['garbage'] / results['n']:.1%}", f"{results['constrained_accuracy']:.3f}"])
         said += ["", f"{plain(row.label)}: {thought(found[0].predictions[0])}"]
-    return ["", "Without examples of the training split, but with reasoning before the answer:",
+    return ["", "Prompts that let the model reason before it answers:",
             *markdown_table(lines), *said] if rows else []
 
 
 def thought(prediction: Mapping[str, Any]) -> str:
     said = plain(str(prediction.get("reasoning", ""))[:300])
-    return f"of “{plain(prediction['text'][:120])}” the model thinks “{said}”."
+    return f"on “{plain(prediction['text'][:120])}” the model reasons “{said}”."
 
 
 def draw(shown: Mapping[int, Row], taught: Mapping[int, Row], whole: Row) -> Any:
     """Return the figure of accuracies over the number of examples; None without finished runs."""
-    series = {title: {number: [each.results[way] for each in row.untrained]
+    series = {title: {number: scores_of(row.untrained, way)
                       for number, row in shown.items() if row.untrained}
               for way, title in WAYS.items()}
     series[TAUGHT] = {number: trained_accuracies(row)

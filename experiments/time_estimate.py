@@ -1,10 +1,9 @@
 """An estimate of how long a run takes."""
 
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -42,8 +41,8 @@ class Estimate:
         sharing = max(1.0, at_once / max(1, torch.cuda.device_count()))
         self.rate = EFFICIENCY * peak / sharing
         done = [job for job in jobs if job.script == "train.py" and job.finished]
-        measured = sum(training_seconds(
-            read_metrics(job.folder), config.window, config.max_iters) for job in done)
+        measured = sum(training_seconds(read_metrics(job.folder), run.window, run.max_iters)
+                       for job, run in zip(done, map(self.run, done), strict=True))
         if measured:
             self.rate *= sum(map(self.training, done)) / measured
 
@@ -68,14 +67,19 @@ class Estimate:
         shape = replace(self.shape, lora_targets=run.targets)
         # LoRA's siblings have as little of their own to compute as adapters of a small rank.
         rank = run.lora_rank if run.trained in ("lora", "full") else 8
-        return useful_flops(shape, own, prefix / self.config.batch_size, rank, verb, answers)
+        shown = settings.get("shots", 0) * (prefix + own)  # computed once, but seen by all
+        return useful_flops(
+            shape, own, (prefix + shown) / self.config.batch_size, rank, verb, answers)
+
+    def run(self, job: Job) -> TrainConfig:
+        """Return the settings of a job, as far as they are training's."""
+        known = {field.name for field in fields(TrainConfig)} & job.settings.keys()
+        return replace(self.config, **{name: job.settings[name] for name in known})
 
     def training(self, job: Job) -> float:
         """Estimate the seconds of the optimizer steps."""
-        settings = asdict(self.config) | dict(job.settings)
-        examples = math.prod(settings[name] for name in (
-            "max_iters", "batch_size", "gradient_accumulation_steps"))
-        return examples * self.flops(job.settings, "train") / self.rate
+        run = self.run(job)
+        return run.max_iters * run.window * self.flops(job.settings, "train") / self.rate
 
     def seconds(self, job: Job) -> float:
         """Estimate the seconds of a whole job."""
@@ -83,8 +87,10 @@ class Estimate:
         scoring = self.flops(job.settings, "score") / self.rate
         if job.script == "generate.py":
             return STARTUP + test * scoring
-        limit = self.config.eval_iters * self.config.eval_batch_size or sys.maxsize
+        run = self.run(job)
+        limit = run.eval_iters * run.eval_batch_size or sys.maxsize
         validated = min(limit, len(self.records["validation"]))
-        times = 2 + max(0, self.config.max_iters - 1) // self.config.eval_interval
-        passes = 2 if find_task(self.config.task).quick else 1  # the loss, and the answers
-        return STARTUP + self.training(job) + (passes * validated * times + 2 * test) * scoring
+        times = 2 + max(0, run.max_iters - 1) // run.eval_interval
+        passes = 2 if find_task(run.task).quick else 1  # the loss, and the answers
+        scored = 1 if times == 2 else 2  # checkpoints; the best is the last if there is one
+        return STARTUP + self.training(job) + (passes * validated * times + scored * test) * scoring

@@ -64,9 +64,9 @@ def spare_results(folder: Path, suffix: str, asked: Mapping[str, Any], own_data:
                             if name in asked and there.get(name, asked[name]) != asked[name])
 
 
-def copy_results(source: Path, folder: Path, writes: bool) -> None:
-    """Copy the scores and predictions of one checkpoint to another, if this process `writes`."""
-    for name in ("predictions.jsonl", "results.json") if writes else ():
+def copy_results(source: Path, folder: Path) -> None:
+    """Copy the scores and predictions of one checkpoint to another with the same weights."""
+    for name in ("predictions.jsonl", "results.json"):
         with atomic_write(folder / name) as path:
             shutil.copyfile(source / name, path)
 

@@ -92,6 +92,7 @@ class Task(ABC):
     likelihood = False  # whether scoring also computes the likelihood of the right answer
     logged: ClassVar[tuple[str, ...]] = ()  # the results that a validation logs if it is quick
     choices: Sequence[str] = ()  # the possible answers, if they are few
+    one_line = False  # whether an answer is a single line
     tokenizer: Tokenizer | None = None  # of the model; the loader sets it
 
     def __init__(self, prompt: str = "default") -> None:
@@ -202,6 +203,7 @@ class ClassificationTask(Task):
     answers = "word"
     answer_tokens = 5
     quick = True
+    one_line = True
     headline = "accuracy"
     logged = ("accuracy", "garbage")
 

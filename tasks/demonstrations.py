@@ -15,7 +15,7 @@ from models.tokenizer import Tokenizer
 from tasks.base import Task
 from tasks.sources import Record
 
-SEPARATOR = "\n\n"  # between the examples; an answer that goes on to another example ends there
+SEPARATOR = "\n\n"  # between the examples
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def draw(
     records: Sequence[Record], number: int, seed: int,
     group: Callable[[Record], Hashable] | None = None,
 ) -> list[Record]:
-    """Draw `number` records; with a `group`, one of each group in turn, as long as it lasts.
+    """Draw `number` records; with a `group`, one of each group in turn until it runs out.
 
     A larger number then draws the same records and more.
     """
@@ -51,25 +51,33 @@ class Demonstrations:
         self.task, self.tokenizer = task, tokenizer
         self.turns = [(task.prompt(example), task.answer(example)) for example in examples]
         reasoned = task.reasoning and task.reasoning.stop  # its template holds examples
-        self.stop = SEPARATOR if reasoned or (examples and not task.chat) else ""
+        self.stop = self._next_example() if reasoned or (examples and not task.chat) else ""
         self.facts: dict[str, int] = {}  # of the results
-        self.ids = [] if task.chat else [i for turn in self.turns for i in self._encode(*turn)]
+        self.ids: list[int] = []
+        for prompt, answer in () if task.chat else self.turns:
+            for text in (prompt, answer, SEPARATOR):  # tokenized apart, as in training
+                self.ids += self._continue(text)
 
     def cut(self, text: str) -> str:
         """Return an answer up to where the model goes on to an example of its own."""
         return text.partition(self.stop)[0] if self.stop else text
 
-    def _encode(self, prompt: str, answer: str) -> list[int]:
-        """Return the ids of an example; prompt and answer are tokenized apart, as in training."""
-        encode = self.tokenizer.encode_answer
-        return [*self.tokenizer.encode_ordinary(prompt), *encode(answer), *encode(SEPARATOR)]
+    def _next_example(self) -> str:
+        """Return the text with which another example would begin; "" if an answer may hold it."""
+        before = self.task.template.partition("{text}")[0]
+        return SEPARATOR if self.task.one_line else SEPARATOR + before if before else ""
+
+    def _continue(self, text: str) -> list[int]:
+        """Return the ids of `text`, which follows those before it, if there are any."""
+        encode = self.tokenizer.encode_answer if self.ids else self.tokenizer.encode_ordinary
+        return encode(text)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of the examples and of `prompt`; in a chat they are earlier messages."""
         if self.task.chat:
             said = [text for prompt, answer in self.turns for text in (prompt, answer.lstrip())]
             return self.tokenizer.encode_chat(*said, prompt)
-        return [*self.tokenizer.start, *self.ids, *self.tokenizer.encode_ordinary(prompt)]
+        return [*self.tokenizer.start, *self.ids, *self._continue(prompt)]
 
 
 def draw_demonstrations(
@@ -77,7 +85,7 @@ def draw_demonstrations(
 ) -> Demonstrations:
     """Draw the examples of `config` from `records`, equally from each label, in random order.
 
-    `none` are the demonstrations of zero shots. Raises ValueError if there are too few records, or
+    `none` holds no examples. Raises ValueError if there are too few records, or
     if the examples are too long; the message names the largest number that fits. Of `room` tokens
     they may take what `question` leaves free, at least half.
     """
@@ -89,7 +97,7 @@ def draw_demonstrations(
         raise ValueError(f"shots={shots}, but the training split has {len(records):,} examples")
     drawn = draw(records, shots, config.shots_seed, task.group)
     alone = len(none.encode(question))
-    free = room - min(alone, room // 2)
+    free = max(room - min(alone, room // 2), 0)
 
     def length(number: int) -> int:
         return len(Demonstrations(task, tokenizer, drawn[:number]).encode(question)) - alone

@@ -102,6 +102,13 @@ def test_draw_of_a_prompt_is_the_training_set_of_its_lora() -> None:
         assert len({job.folder for job in (*shown, *taught)}) == 6
 
 
+def test_few_examples_train_in_one_process() -> None:
+    config = replace(CONFIG, processes=2)
+    jobs = plan_jobs(config, plan(config))
+    assert {job.processes for job in jobs[f"{LORA}_on4_rate4"]} == {1}
+    assert {job.processes for job in jobs[LORA]} == {2}
+
+
 def test_equal_names_mean_equal_settings_and_the_reverse() -> None:
     kinds: dict[str, dict] = {}
     for question, variants in QUESTIONS.items():

@@ -38,7 +38,7 @@ def rows(tmp_path: Path) -> list[Row]:
 
 
 def test_each_number_of_examples_has_a_line_and_each_way_a_curve(rows: list[Row]) -> None:
-    section = shots(rows, TrainConfig())
+    section = shots(rows, TrainConfig(train_size=0))
     table = cells(section.lines)
     assert table[0] == ["examples", "draws", "generated", "constrained", "calibrated",
                         "LoRA on the same examples"]

@@ -36,7 +36,8 @@ def test_no_problem_is_both_shown_and_asked() -> None:
 
 @pytest.mark.parametrize(("answer", "number"), [
     (" 62.", 62), (" $1,080", 1080), ("3 × 4 = 12 dollars", 12), ("-3.5 degrees", -3.5),
-    ("\n72\n73", 72), (" nothing", None), ("", None), ("12,5", 5), (".5", 0.5), ("1.", 1)])
+    ("\n72\n73", 72), (" nothing", None), ("", None), ("12,5", 5), (".5", 0.5), ("1.", 1),
+    ("12,3456", 3456), ("5-6 dollars", 6), ("\u22124", -4), ("2.50.", 2.5), ("$-3", -3)])
 def test_last_number_of_the_first_line_with_one_counts(answer: str, number: float | None) -> None:
     assert read_number(answer) == number
 
@@ -47,12 +48,14 @@ def test_accuracy_counts_numbers_that_are_right() -> None:
     said = [task.judge(Completion(text, 1, True, [], 0.0, 0)) for text in (" 3.0", "1000", "five")]
     results = task.summarize(rows, said)
     assert (results["accuracy"], results["numbers"], results["n"]) == (2 / 3, 2 / 3, 3)
-    assert task.describe(results) == "right, % 66.7, with a number, % 66.7"
+    assert task.describe(results) == (
+        "66.7% right (95 % interval 0.208 to 0.939, n=3), 66.7% with a number")
     assert task.tell(said[2]) == ["answer: 'five'", "number: None"]
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"text": 1, "answer": 2},
-                                 {"text": "a", "answer": "none"}, ["a"]])
+                                 {"text": "a", "answer": "12 / 2 = 6"},
+                                 {"text": "a", "answer": "inf"}, ["a"]])
 def test_row_without_a_number_is_refused(row: object, tmp_path: pytest.TempPathFactory) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="test row 1 needs the field text, and a number"):

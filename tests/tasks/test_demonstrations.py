@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from made_models import close, make_sampler
+from made_tokenizers import sentence_piece
 
 from dataloader import CustomDataLoader, SentimentTask, make_loader
 from generate import GenerateConfig, ModelSampler, Question, main
 from model import GPT
 from models.families import load_decoder
+from models.hub_tokenizer import HubTokenizer
 from models.tokenizer import get_tokenizer, load_tokenizer
 from tasks.demonstrations import Demonstrations, ShotsConfig, draw
+from tasks.python_code import PythonCodesTask
 
 RECORDS = [{"text": f"film {i}", "label": int(i % 3 == 0)} for i in range(60)]
 
@@ -131,6 +134,30 @@ def test_answer_ends_where_another_example_would_begin(model: GPT) -> None:
     assert Demonstrations(SentimentTask("chain_of_thought"), tokenizer).cut(said) == " positive"
 
 
+def test_blank_line_in_code_ends_no_answer() -> None:
+    record = {"question": "Print 1", "output": "print(1)\n\nprint(2)"}
+    code = "\nprint(3)\n\nprint(4)"
+    said = f"{code}\n\nInstruction: Answer with Python code.\nText: Print 5"
+    assert Demonstrations(PythonCodesTask(), get_tokenizer(), [record]).cut(said) == code
+    assert Demonstrations(PythonCodesTask("plain"), get_tokenizer(), [record]).cut(said) == said
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
+def test_tokenizers_that_begin_a_text_with_a_space_put_none_before_later_examples(
+    scheme: str
+) -> None:
+    tokenizer = HubTokenizer(
+        sentence_piece(scheme), {"bos_token": "<s>", "eos_token": "</s>"})
+    task = SentimentTask("terse")
+    shown = Demonstrations(task, tokenizer, RECORDS[:2])
+    whole = "\n\n".join([*(task.prompt(each) + task.answer(each) for each in RECORDS[:2]),
+                         task.prompt(RECORDS[2])])
+    ids = shown.encode(task.prompt(RECORDS[2]))
+    assert ids[: len(tokenizer.start)] == [*tokenizer.start]
+    assert tokenizer.decode(ids[len(tokenizer.start) :]) == tokenizer.decode(
+        tokenizer.encode_ordinary(whole))
+
+
 def test_examples_are_earlier_messages_of_a_chat(llama: Path) -> None:
     tokenizer = load_tokenizer(llama)
     task = SentimentTask("chat")
@@ -141,6 +168,12 @@ def test_examples_are_earlier_messages_of_a_chat(llama: Path) -> None:
     text = tokenizer.decode(ids)
     assert "film 0<|im_end|>\n<|im_start|>assistant\npositive<|im_end|>\n" in text
     assert text.index("film 0") < text.index("film 1")
+
+
+def test_examples_of_the_split_that_is_scored_are_refused(checkpoint: str, tmp_path: Path) -> None:
+    config = GenerateConfig(init_from=checkpoint, out_dir=str(tmp_path), split="train", shots=2)
+    with pytest.raises(ValueError, match="shots=2 shows examples of split=train"):
+        main(config)
 
 
 def test_generate_scores_with_examples_under_a_name_of_their_own(

@@ -69,7 +69,7 @@ def test_reasoning_is_written_and_shown(
 def test_prompts_that_reason_do_not_train_and_are_not_calibrated(
     config: TrainConfig, model: GPT
 ) -> None:
-    with pytest.raises(ValueError, match="lack the reasons that this prompt asks for"):
+    with pytest.raises(ValueError, match="asks for reasons, which the training examples lack"):
         Run(replace(config, prompt="step_by_step"))
     with pytest.raises(ValueError, match="calibrate=True needs labels, and a prompt"):
         make_sampler(model, prompt="step_by_step", calibrate=True)
