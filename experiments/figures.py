@@ -110,23 +110,28 @@ def accuracy_over_shots(
     """
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.subplots()
-    styled = zip(series.items(), cycle(STYLES), strict=False)
-    for (name, points), (colour, marker, dashes) in styled:
-        numbers = sorted(points)
-        axes.plot(numbers, [statistics.mean(points[k]) for k in numbers], dashes, marker=marker,
-                  color=colour, label=shown(name))
-        axes.fill_between(numbers, [min(points[k]) for k in numbers],
-                          [max(points[k]) for k in numbers], color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    banded_lines(axes, series)
     if level is not None:
         axes.axhline(level, color="k", linestyle=":", label="LoRA on the training set")
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xticks(sorted({k for points in series.values() for k in points}))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="labelled examples", ylabel="test accuracy", ylim=(0, 1))
-    axes.grid(alpha=0.3)
     axes.legend(title="mean; band: all draws", loc="lower right")
     return figure
+
+
+def banded_lines(axes: Axes, series: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
+    """Draw each name's mean over x, and a band from the lowest to the highest; tick each x."""
+    styled = zip(series.items(), cycle(STYLES), strict=False)
+    for (name, points), (colour, marker, dashes) in styled:
+        places = sorted(points)
+        axes.plot(places, [statistics.mean(points[x]) for x in places], dashes, marker=marker,
+                  color=colour, label=shown(name))
+        axes.fill_between(places, [min(points[x]) for x in places],
+                          [max(points[x]) for x in places], color=colour, alpha=0.15, linewidth=0)
+    axes.set_xticks(sorted({x for points in series.values() for x in points}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
 
 
 def heat_map(alphas: Sequence[float], rates: Sequence[float], loss: np.ndarray) -> Figure:
@@ -203,18 +208,8 @@ def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    styled = zip(series.items(), cycle(STYLES), strict=False)
-    for (label, tried), (colour, marker, dashes) in styled:
-        rates = sorted(tried)
-        axes.plot(rates, [statistics.mean(tried[rate]) for rate in rates], dashes, marker=marker,
-                  color=colour, label=shown(label))
-        axes.fill_between(rates, [min(tried[rate]) for rate in rates],
-                          [max(tried[rate]) for rate in rates], color=colour, alpha=0.2)
     axes.set(xscale="log", xlabel="learning rate", ylabel="best validation loss (nats a token)")
-    axes.set_xticks(sorted({rate for tried in series.values() for rate in tried}))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
+    banded_lines(axes, series)
     axes.legend(title="mean; band: all seeds")
     return figure
 
