@@ -9,10 +9,11 @@ GPT-2's sizes get random weights, but answer as a fine-tuned model does: with a 
 end-of-text. Each contender runs in a separate process; the processes take turns.
 """
 
+import operator
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from bench.worker import (
     SHAPES,
     Contender,
     Measure,
+    Way,
     Worker,
     random_checkpoint,
     spread,
@@ -50,13 +52,15 @@ from runtime.device import (
     resolve_dtype,
 )
 from runtime.run_folder import git_commit
+from tasks.base import line_ends
 from tasks.sources import Record
 from train import TrainConfig
 
-PARTS = ("train", "score", "methods", "growth")
+PARTS = ("train", "score", "methods", "shots", "growth")
 WINDOW = 128  # reviews per optimizer step
 RIVALS = ("handout", "peft")
 SIBLINGS = ("bitfit", "bottleneck", "prefix", "full")  # of LoRA
+SHOTS: Mapping[str, Way] = {"0": "ours", "4": "shots4", "16": "shots16"}
 MIB = 2**20
 
 
@@ -67,7 +71,8 @@ class BenchConfig(DeviceConfig):
     model: Annotated[
         str, f"{', '.join(SHAPES)} (random weights), smollm2, a hub id, a folder or a .gguf file",
         local_path] = "gpt2"
-    what: Annotated[str, "parts to measure: train, score, methods, growth"] = "train,score,growth"
+    what: Annotated[str, f"parts to measure: {', '.join(PARTS)}"] = "train,score,growth"
+    prompt: Annotated[str, "as in train.py", line_ends] = "default"
     lora_rank: Annotated[int, "rank of the adapters on q, k and v", Bounds(1, MAX_RANK)] = 128
     batch_size: Annotated[int, "reviews in one of our micro-batches", Bounds(1)] = 16
     eval_batch_size: Annotated[int, "reviews that ours scores at once", Bounds(1)] = 64
@@ -111,7 +116,7 @@ def training_config(config: BenchConfig, contender: Contender) -> TrainConfig:
     method = contender.way if contender.way in SIBLINGS else "lora"
     rank = config.lora_rank if method == "lora" else 0
     return TrainConfig(
-        method=method,
+        method=method, prompt=config.prompt,
         device=config.device, dtype=contender.dtype, dataset=config.dataset, train_size=0,
         batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
         lora_rank=rank, lora_alpha=4.0 * rank)
@@ -148,7 +153,7 @@ def take_turns(
 
 def review_loader(config: BenchConfig, folder: str) -> CustomDataLoader:
     """Return a loader for the model in `folder`; raise ValueError if its tokenizer misfits."""
-    return folder_loader(folder, DataConfig(dataset=config.dataset))
+    return folder_loader(folder, DataConfig(dataset=config.dataset, prompt=config.prompt))
 
 
 def mean_tokens(
@@ -220,6 +225,20 @@ def compare_methods(config: BenchConfig, folder: str) -> dict[str, dict[str, flo
             point |= {f"{verb}_ms": 1e3 * seconds / WINDOW,
                       f"{verb}_mib": rounds[-1].memory / MIB}
     return points
+
+
+def compare_shots(config: BenchConfig, folder: str) -> dict[str, dict[str, float]]:
+    """Measure scoring with examples in the prompt: ms per review, relative to none, and MiB."""
+    number = 4 * WINDOW  # the examples are read once, whatever the number of reviews
+    each = [Contender(way, compute_dtype(config), WINDOW, number) for way in SHOTS.values()]
+    records = SentimentTask().read(config.dataset, "train")
+    measures, _ = take_turns(each, "score", records, folder, config)
+    rounds = [[one.seconds for one in measures[contender.name][1:-1]] for contender in each]
+    return {shots: {
+        "score_ms": 1e3 * statistics.median(own) / number,
+        "times_zero_shot": statistics.median(map(operator.truediv, own, rounds[0])),
+        "score_mib": measures[contender.name][-2].memory / MIB,
+    } for shots, own, contender in zip(SHOTS, rounds, each, strict=True)}
 
 
 def sized_reviews(
@@ -298,6 +317,9 @@ def main(config: BenchConfig) -> None:
     if "methods" in parts:
         with open_checkpoint(config) as folder:
             report["methods"] = compare_methods(config, folder)
+    if "shots" in parts:
+        with open_checkpoint(config) as folder:
+            report["shots"] = compare_shots(config, folder)
     if "growth" in parts:
         report["growth"] = growth(config)
     write(report, Path(config.out_dir))

@@ -26,16 +26,18 @@ def markdown(report: dict[str, Any]) -> str:
             [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
              f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
     for axis, points in alone(report).items():
-        keys = ["train_ms", "score_ms", "train_mib", "score_mib"]
+        keys = list(next(iter(points.values())))
         lines += markdown_table([[axis.replace("_", " "), *keys], *(
-            [value, *(f"{point[key]:,.1f}" for key in keys)] for value, point in points.items())])
+            [value, *(f"{point[key]:,.{2 if key.startswith('times') else 1}f}" for key in keys)]
+            for value, point in points.items())])
     return "\n".join(lines) + "\n"
 
 
 def alone(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return what was measured of ours alone, by axis: the methods, and the growth."""
-    methods = {"method": report["methods"]} if "methods" in report else {}
-    return methods | report.get("growth", {})
+    """Return what was measured of ours alone, by axis: the methods, the examples, the growth."""
+    named = {"method": "methods", "shots": "shots"}
+    found = {axis: report[part] for axis, part in named.items() if part in report}
+    return found | report.get("growth", {})
 
 
 def plot(report: dict[str, Any]) -> Figure:
@@ -52,7 +54,8 @@ def plot(report: dict[str, Any]) -> Figure:
     for (axis, points), panel in zip(growing.items(), panels, strict=True):
         styles = ("o", "s") if axis == "method" else ("o-", "s--")
         for verb, style in zip(("train", "score"), styles, strict=True):
-            panel.plot(list(points), [p[f"{verb}_ms"] for p in points.values()], style, label=verb)
+            times = [p[f"{verb}_ms"] for p in points.values() if f"{verb}_ms" in p]
+            panel.plot(list(points)[: len(times)], times, style, label=verb)
         panel.set(xlabel=axis.replace("_", " "), ylabel="ms a review", ylim=(0, None))
         panel.legend()
     return figure

@@ -23,6 +23,7 @@ from models.families import family_of, load_config
 from models.tokenizer import load_tokenizer
 from runtime.device import resolve_dtype
 from runtime.optimizer import configure_optimizer
+from tasks.demonstrations import ShotsConfig
 from tasks.sources import Record
 from train import TrainConfig, train_step
 
@@ -59,6 +60,17 @@ class Ours:
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.config, self.model, self.loader.tokenizer)
+
+
+class Shown(Ours):
+    """This package with `shots` examples before every question it scores."""
+
+    def __init__(
+        self, shots: int, folder: str, config: TrainConfig, device: torch.device
+    ) -> None:
+        super().__init__(folder, config, device)
+        questions = self.loader.records("test")
+        self.loader.show(ShotsConfig(shots, config.seed), questions, self.loader.answer_room)
 
 
 class DenseLoRALinear(LoRALinear):

@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from bench.rivals import HandoutStyle, Ours, PeftStyle
+from bench.rivals import HandoutStyle, Ours, PeftStyle, Shown
 from checkpoints.layouts import END_OF_TEXT
 from methods.build import save_model
 from model import GPT, SIZES, GPTConfig
@@ -25,8 +26,10 @@ from train import TrainConfig
 
 # The embedded model has 256 positions; here it gets 1,024, for long reviews.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
-Way = Literal["ours", "full", "bitfit", "bottleneck", "prefix", "handout", "peft"]
+Way = Literal["ours", "full", "bitfit", "bottleneck", "prefix", "shots4", "shots16", "handout",
+              "peft"]
 WAYS = {"ours": Ours, "full": Ours, "bitfit": Ours, "bottleneck": Ours, "prefix": Ours,
+        "shots4": partial(Shown, 4), "shots16": partial(Shown, 16),
         "handout": HandoutStyle, "peft": PeftStyle}
 
 

@@ -134,6 +134,20 @@ def test_methods_that_the_model_can_have_are_measured(
 
 
 @pytest.mark.usefixtures("_gpt2_tokenizer")
+def test_examples_in_the_prompt_are_measured_beside_none(
+    config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.Worker", InProcess)
+    monkeypatch.setattr("bench.__main__.WINDOW", 4)
+    main(replace(config, model=llama, dtype="float32", what="shots", prompt="{text} ="))
+    found = json.loads(Path(config.out_dir, "bench.json").read_text())["shots"]
+    assert list(found) == ["0", "4", "16"]
+    assert found["0"]["times_zero_shot"] == 1
+    assert all(value > 0 for point in found.values() for value in point.values())
+    assert "| 16 | " in Path(config.out_dir, "bench.md").read_text()
+
+
+@pytest.mark.usefixtures("_gpt2_tokenizer")
 def test_growth_of_a_checkpoint_has_no_other_sizes_and_no_longer_reviews(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
