@@ -17,11 +17,14 @@ from checkpoints.gguf_format import gguf_path
 from checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from checkpoints.hub_format import CONFIG, find_file
 from model import DecoderConfig
-from models.hub_tokenizer import NO_CHAT, HubTokenizer
+from models.hub_tokenizer import BYTE_OF, NO_CHAT, HubTokenizer
 
 # OpenAI's published hashes of GPT-2's vocabulary, the same as in tiktoken.
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+END_OF_TEXT_NAME = "<|endoftext|>"
+# Names on the hub of models that are known to have this vocabulary.
+PUBLISHED_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "gpt2-mini")
 PUBLISHED = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # GPT-2 splits text into words with this pattern before it merges bytes. tiktoken's `\s++$` changes
 # no word, but matches any length of white space at the end without a stack.
@@ -29,6 +32,7 @@ GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+")
 SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # tiktoken's \s and \S, in Python's terms
 LONGEST_SPACE = 100_000  # characters; `\s+(?!\S)` overflows tiktoken's stack at a million
+VOCABULARY_FILE = "vocab.json"  # of older checkpoints
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}(?={SPACE}{OTHER})")
 
@@ -70,11 +74,11 @@ class GPT2Encoding(tiktoken.Encoding):
 
         `max_length` is the model's, in tokens. Raises OSError if it cannot be written.
         """
-        for source, name in zip(vocabulary_files(), ("merges.txt", "vocab.json"), strict=True):
+        for source, name in zip(vocabulary_files(), ("merges.txt", VOCABULARY_FILE), strict=True):
             shutil.copyfile(source, folder / name)
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length,
-            "pad_token": "<|endoftext|>"})
+            "pad_token": END_OF_TEXT_NAME})
 
 
 Tokenizer = GPT2Encoding | HubTokenizer
@@ -99,7 +103,7 @@ def get_tokenizer() -> GPT2Encoding:
     ranks = data_gym_to_mergeable_bpe_ranks(
         merges, encoder, vocab_bpe_hash=MERGES_SHA256, encoder_json_hash=ENCODER_SHA256
     )
-    special = {"<|endoftext|>": len(ranks)}
+    special = {END_OF_TEXT_NAME: len(ranks)}
     return GPT2Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
@@ -126,7 +130,8 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     """
     gguf_file = gguf_path(name_or_dir)
     folder = Path(name_or_dir)
-    files = [gguf_file] if gguf_file else [folder / f for f in (CONFIG, *TOKENIZER_FILES)]
+    files = [gguf_file] if gguf_file else [
+        folder / f for f in (CONFIG, *TOKENIZER_FILES, VOCABULARY_FILE)]
     stats = [(os.path.abspath(f), f.stat()) for f in files if f.is_file()]
     return _load(name_or_dir, tuple((f, stat.st_size, stat.st_mtime_ns) for f, stat in stats))
 
@@ -144,7 +149,31 @@ def _load(name_or_dir: str | Path, stamps: tuple[tuple[str, int, int], ...]) -> 
 
 
 def _is_gpt2(name_or_dir: str | Path) -> bool:
-    return read_json(find_file(name_or_dir, CONFIG)).get("model_type", "gpt2") == "gpt2"
+    """Return whether a checkpoint is a GPT-2 with OpenAI's vocabulary; it may bring another."""
+    if read_json(find_file(name_or_dir, CONFIG)).get("model_type", "gpt2") != "gpt2":
+        return False
+    if not Path(name_or_dir).is_dir() and Path(name_or_dir).name in PUBLISHED_GPT2:
+        return True
+    try:
+        path = find_file(name_or_dir, TOKENIZER_FILES[0], VOCABULARY_FILE)
+    except OSError:  # most folders of GPT-2 have neither
+        return True
+    contents = read_json(path)
+    model = contents.get("model", {}) if path.name == TOKENIZER_FILES[0] else {"vocab": contents}
+    same = _is_gpt2_vocabulary(model.get("vocab") if isinstance(model, dict) else None)
+    if not same and path.name == VOCABULARY_FILE:
+        raise FileNotFoundError(f"{path} is another vocabulary than GPT-2's: the model's "
+                                f"{TOKENIZER_FILES[0]} is needed")
+    return same
+
+
+def _is_gpt2_vocabulary(vocabulary: Any) -> bool:
+    """Return whether a mapping of byte-level tokens to ids is that of GPT-2."""
+    ours = get_tokenizer()
+    words = {ours.decode_single_token_bytes(i): i for i in range(ours.eot_token)}
+    return isinstance(vocabulary, dict) and words == {
+        bytes(BYTE_OF.get(letter, 0) for letter in token): i for token, i in vocabulary.items()
+        if token != END_OF_TEXT_NAME}
 
 
 def _read_parts(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any], str]:

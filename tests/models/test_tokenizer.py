@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+from made_tokenizers import CONFIG, byte_level
+from transformers import AutoTokenizer
 
-from checkpoints.files import packaged_file
+from checkpoints.files import packaged_file, write_json
+from dataloader import DataConfig, make_loader
+from model import GPT, GPTConfig
 from models import tokenizer
-from models.tokenizer import get_tokenizer
+from models.hub_tokenizer import HubTokenizer
+from models.tokenizer import get_tokenizer, load_tokenizer
 from tasks.sources import read_records
 
 END, POSITIVE, NEGATIVE = 50256, 3967, 4633
@@ -141,3 +146,32 @@ def test_a_million_spaces_are_encoded(space: str, end: str, capfd: pytest.Captur
     assert ids == encode(text)
     assert get_tokenizer().decode(ids) == text
     assert capfd.readouterr().err == ""  # tiktoken prints when it panics
+
+
+def test_gpt2_with_a_vocabulary_of_its_own_is_read_with_it(tmp_path: Path) -> None:
+    shape = GPTConfig(
+        block_size=64, vocab_size=600, n_layer=1, n_head=1, n_embd=8, end_of_text=(2,))
+    GPT(shape).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is get_tokenizer()  # it has none of its own yet
+    write_json(tmp_path / "tokenizer.json", byte_level())
+    write_json(tmp_path / "tokenizer_config.json", CONFIG)
+    found = load_tokenizer(tmp_path)
+    assert isinstance(found, HubTokenizer)
+    assert make_loader(DataConfig(), shape, found).tokenizer is found
+
+
+def test_gpt2_s_own_files_are_its_tokenizer(tmp_path: Path) -> None:
+    shape = GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)
+    GPT(shape).save_pretrained(tmp_path)
+    get_tokenizer().save_pretrained(tmp_path, 64)
+    assert load_tokenizer(tmp_path) is get_tokenizer()
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert load_tokenizer(tmp_path) is get_tokenizer()
+
+
+def test_other_words_without_the_tokenizer_s_rules_are_refused(tmp_path: Path) -> None:
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    write_json(tmp_path / "vocab.json", {"a": 0, "b": 1})
+    with pytest.raises(FileNotFoundError, match="is another vocabulary than GPT-2's: the model's"):
+        load_tokenizer(tmp_path)
