@@ -28,6 +28,7 @@ from checkpoints.hub_format import CONFIG, WEIGHTS, find_file, find_weights
 from checkpoints.layouts import Layout, find_layout
 from lora import check_state
 
+GENERATION_CONFIG = "generation_config.json"
 PACKAGED = ("gpt2-mini", "smollm2")  # names of models that are no paths
 Name = str | Path  # gpt2-mini, smollm2, a folder, a GGUF file or, as a str, a hub id
 
@@ -37,8 +38,26 @@ def read_config(name: Name) -> dict[str, Any]:
 
     Raises ValueError if it is damaged, OSError if it is missing or out of reach.
     """
-    gguf = gguf_path(name)
-    return read_gguf_config(gguf) if gguf else read_json(find_file(name, CONFIG))
+    if gguf := gguf_path(name):
+        return read_gguf_config(gguf)
+    config = read_json(find_file(name, CONFIG))
+    ends = _as_list(config.get("eos_token_id", []))
+    if ends and config.get("model_type", "gpt2") != "gpt2":
+        config["eos_token_id"] = ends + [end for end in _more_ends(name) if end not in ends]
+    return config
+
+
+def _more_ends(name: Name) -> list[int]:
+    """Return the tokens that end an answer by the file in which instruct models list them all."""
+    try:
+        found = read_json(find_file(name, GENERATION_CONFIG)).get("eos_token_id")
+    except OSError:  # many checkpoints have no such file
+        return []
+    return [end for end in _as_list(found) if type(end) is int]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def read_layout(name: Name) -> Layout:

@@ -238,11 +238,22 @@ def test_end_of_text_is_of_the_vocabulary(each: Path, refused: Callable, value: 
 
 
 @pytest.mark.parametrize(("value", "expected"), [
+    (5, (5,)), (8, (5, 8)), ([8, 5], (5, 8)), (None, (5,)), (["x"], (5,))])
+def test_an_instruct_model_s_other_ends_of_text_end_an_answer(
+    llama: Path, value: Any, expected: tuple[int, ...]
+) -> None:
+    change_config(llama, eos_token_id=5)
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert load_config(llama).end_of_text == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [
     (5, (5,)), ([5], (5,)), ([5, 0, 100], (5, 0, 100)), (None, (2,))])
 def test_every_end_of_text_is_read_and_written(
     llama: Path, tmp_path: Path, value: Any, expected: tuple[int, ...]
 ) -> None:
     change_config(llama, eos_token_id=value)
+    (llama / "generation_config.json").unlink()
     model = load_decoder(llama)
     assert model.config.end_of_text == expected
     model.save_pretrained(tmp_path / "saved")
