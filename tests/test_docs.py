@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from bench.__main__ import BenchConfig
 from configurator import configure
+from experiments.anatomy import AnatomyConfig, named
 from experiments.dataset_analysis import AnalysisConfig
 from experiments.plan import ExperimentsConfig
 from generate import GenerateConfig
@@ -37,6 +38,7 @@ NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 CONFIGS = {
     "train.py": TrainConfig, "generate.py": GenerateConfig, "-m bench": BenchConfig,
     "-m experiments": ExperimentsConfig, "-m experiments.dataset_analysis": AnalysisConfig,
+    "-m experiments.anatomy": AnatomyConfig,
     "-m pretraining": PretrainConfig,
 }
 COMMAND = re.compile(r"(?:python|torchrun)(?: --\S+)* "
@@ -69,6 +71,7 @@ def test_every_documented_command_parses(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # presets are found from anywhere
     words = [word for word in shlex.split(arguments) if word not in ("...", "…")]
+    words = named(words) if start.endswith("anatomy") else words
     if words != ["--help"]:
         assert configure(CONFIGS[start], words)
 
