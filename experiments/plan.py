@@ -24,7 +24,7 @@ FACTORS = (0.25, 1.0, 4.0)  # of the learning rates
 SHOTS = (1, 2, 4, 8, 16)
 FEW_STEPS = 20  # optimizer steps on a few examples, each of which sees them all
 # The rates in the middle of the grids of LoRA's siblings, which want larger ones than LoRA.
-PEAKS: dict[MethodName, float] = {"bitfit": 4e-3, "bottleneck": 2e-3, "prefix": 4e-2}
+PEAKS: dict[MethodName, float] = {"bitfit": 4e-3, "bottleneck": 2e-3, "prefix": 0.16}
 
 
 @dataclass(frozen=True)

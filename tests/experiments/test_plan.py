@@ -75,7 +75,7 @@ def test_bitfit_is_asked_of_models_with_biases_only(tmp_path: Path) -> None:
     asked = plan(replace(CONFIG, init_from=str(tmp_path)))["methods"]
     assert {variant.changes.get("method") for variant in asked} == {None, "bottleneck", "prefix"}
     assert {variant.changes["method"]: variant.changes["learning_rate"] for variant in asked
-            if variant.name in PEAKS} == {"bottleneck": 2e-3, "prefix": 4e-2}
+            if variant.name in PEAKS} == {"bottleneck": 2e-3, "prefix": 0.16}
 
 
 def test_examples_that_do_not_fit_are_not_asked() -> None:
