@@ -1,4 +1,4 @@
-"""Run every question with gpt2-mini, offline, in about an hour on two CPU cores."""
+"""Run every question with gpt2-mini, offline, in about an hour and a half on two CPU cores."""
 
 init_from = "gpt2-mini"
 dataset = "movie_reviews"

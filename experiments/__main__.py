@@ -1,6 +1,6 @@
 """Answer the homework's questions: every run they take, then a report with tables and curves.
 
-python -m experiments config/experiments_mini.py     gpt2-mini on a CPU, about an hour
+python -m experiments config/experiments_mini.py     gpt2-mini on a CPU, an hour and a half
 python -m experiments config/experiments_t4.py       gpt2-medium on a T4
 python -m experiments config/experiments_codes_mini.py    programming questions
 python -m experiments config/experiments_mini.py only=curves,prompts dry_run=True
