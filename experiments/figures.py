@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -81,22 +82,35 @@ def accuracy_dots(points: Sequence[tuple[str, Sequence[float], int]]) -> Figure:
     return figure
 
 
-def accuracy_over_weights(points: Sequence[tuple[str, int, Sequence[float], int]]) -> Figure:
-    """Draw the accuracy of each (label, trained weights, accuracies of its seeds, test examples).
+class Method(NamedTuple):
+    """A method in a figure: its runs' accuracies on `n` test examples, and their metrics."""
+
+    name: str
+    weights: int  # trained ones
+    accuracies: Sequence[float]
+    n: int
+    runs: Sequence[Metrics]
+
+
+def accuracy_over_weights(methods: Sequence[Method]) -> Figure:
+    """Draw the methods' accuracy over the weights that they train, and their learning curves.
 
     The weights are on a logarithmic axis; bars are 95 % intervals of the mean.
     """
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    styled = zip(points, cycle(STYLES), strict=False)
-    for (name, weights, accuracies, n), (colour, marker, _) in styled:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes, loss = figure.subplots(1, 2)
+    for (name, weights, accuracies, n, runs), style in zip(methods, cycle(STYLES), strict=False):
+        colour, marker, _ = style
+        band(loss, name, runs, "validation_loss", style, first=1)
         mean = statistics.mean(accuracies)
         low, high = wilson_interval(mean * n, n)
         axes.errorbar(weights, mean, yerr=[[mean - low], [high - mean]], fmt=marker, capsize=4,
                       color=colour, label=shown(name))
         axes.plot([weights] * len(accuracies), accuracies, "_", markersize=12, color=colour)
     axes.set(xscale="log", xlabel="trained weights", ylabel="test accuracy, best checkpoint")
-    axes.grid(alpha=0.3)
+    loss.set(xlabel="optimizer steps", ylabel="validation loss (nats a token)")
+    for panel in (axes, loss):
+        panel.grid(alpha=0.3)
     axes.legend(title="mean, 95 % interval; dash: a seed")
     return figure
 

@@ -11,6 +11,7 @@ import torch
 from dataloader import find_task
 from experiments.escaping import fenced, plain
 from experiments.figures import (
+    Method,
     accuracy_dots,
     accuracy_over_weights,
     heat_map,
@@ -246,9 +247,10 @@ def methods(rows: Sequence[Row], config: TrainConfig) -> Section:
     title = "LoRA and its siblings, each at its best learning rate"
     if not chosen:
         return Section(title, basis(rows), [*accuracy_table(rows, rows[0]), *commands(rows)])
-    points = [(METHODS[method_of(row)], row.runs[0].saved.facts["parameters"]["trained"],
-               [run.results["best"]["accuracy"] for run in row.runs],
-               row.runs[0].results["best"]["n"]) for row in chosen]
+    points = [Method(METHODS[method_of(row)], row.runs[0].saved.facts["parameters"]["trained"],
+                     [run.results["best"]["accuracy"] for run in row.runs],
+                     row.runs[0].results["best"]["n"], [run.metrics for run in row.runs])
+              for row in chosen]
     text = ["", "Merged LoRA, BitFit and full fine-tuning answer as fast as the untouched model. A "
             "bottleneck or a prefix cannot be merged: `python -m bench what=methods` measures what "
             "that costs."]

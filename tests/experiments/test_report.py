@@ -145,8 +145,9 @@ def test_methods_are_compared_at_their_own_best_rates(
     assert [line[0] for line in table] == ["", *labels, "", *labels]  # accuracies, then costs
     assert table[2][3] == "0.200"  # chosen by the validation loss, not by the test accuracy
     assert table[0][-1].startswith("best, minus LoRA r=16, α=64, rate 0.001")
-    (axes,) = section.figure.axes
+    axes, curves = section.figure.axes
     assert axes.get_xscale() == "log"
+    assert [list(line.get_xdata()) for line in curves.lines] == [[40, 80]] * 3
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "LoRA r=16, α=64", "prefix tuning", "full fine-tuning"]
 
