@@ -209,10 +209,11 @@ def test_texts_cut_are_those_whose_prompt_is_shorter_than_the_whole(
 
 @pytest.mark.parametrize("prompt", ["defualt", "", "Is this good?"])
 def test_unknown_prompt_is_refused_and_names_the_known(prompt: str) -> None:
-    known = ("default, terse, detailed, question, chat, chain_of_thought, step_by_step, "
-             "or a template with {text}")
-    for use in (SentimentTask, lambda name: get_sentiment_prompt("dull", prompt=name)):
-        with pytest.raises(ValueError, match=rf"^prompt='{prompt.replace('?', '.')}' .* {known}"):
+    known = "default, terse, detailed, question, chat, "
+    trains = lambda name: get_sentiment_prompt("dull", prompt=name)  # noqa: E731
+    for use, more in ((SentimentTask, "chain_of_thought, step_by_step, "), (trains, "")):
+        message = f"{known}{more}or a template with {{text}}"
+        with pytest.raises(ValueError, match=rf"^prompt='{prompt.replace('?', '.')}' .* {message}"):
             use(prompt)
 
 

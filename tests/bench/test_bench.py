@@ -168,7 +168,7 @@ def test_model_that_is_nowhere_is_one_line_and_exit_code_2(config: BenchConfig) 
 
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
-    with pytest.raises(ValueError, match="must list one or more of train, score, methods, growth"):
+    with pytest.raises(ValueError, match="must list one or more of train, score, methods, shots"):
         main(BenchConfig(what=what))
 
 
@@ -193,7 +193,7 @@ def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "parts to measure: train, score, methods, growth" in done.stdout
+    assert "parts to measure: train, score, methods, shots, growth" in done.stdout
 
 
 def test_sized_reviews_have_about_the_requested_tokens() -> None:

@@ -180,6 +180,7 @@ def wait_for_steps(out: Path, already: int, process: subprocess.Popen) -> int:
     raise AssertionError("no run got on")
 
 
+@pytest.mark.faults  # it starts many processes
 def test_interruptions_and_restarts_give_the_same_report(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_interruptions_and_restarts_give_the_same_report(
     assert scores(tmp_path) == scores(undisturbed)
 
 
+@pytest.mark.faults  # it starts many processes
 def test_failed_run_stands_in_the_report_and_stops_no_other(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -214,6 +216,7 @@ def test_failed_run_stands_in_the_report_and_stops_no_other(
     assert re.search(r"\| LoRA r=16, α=256 \| 1 \| \d", text)
 
 
+@pytest.mark.faults  # it starts many processes
 def test_runs_of_two_processes_are_torchruns(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +257,7 @@ def test_dry_run_lists_the_runs_and_makes_none(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.faults  # it starts many processes
 def test_damaged_run_keeps_no_report_from_being_written_and_is_run_again(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def torchrun(config: TrainConfig, script: str = "train.py", **changes: object) -
             script, *(f"{name}={value}" for name, value in (settings | changes).items())]
 
 
+@pytest.mark.faults  # it starts many processes
 def test_two_processes_resume_as_if_never_stopped(config: TrainConfig, tmp_path: Path) -> None:
     """Each process draws its own dropout masks; resuming restores both random generators."""
     whole = replace(config, max_iters=4, dropout=0.1, lora_dropout=0.2)
