@@ -32,6 +32,7 @@ from bench.worker import (
     Way,
     Worker,
     random_checkpoint,
+    sized_reviews,
     spread,
     stored_checkpoint,
 )
@@ -41,7 +42,6 @@ from dataloader import CustomDataLoader, DataConfig, SentimentTask
 from methods.bitfit import is_bias_name
 from model import MAX_RANK
 from models.families import load_config, parameter_names
-from models.tokenizer import Tokenizer
 from runtime.device import (
     DTYPES,
     DeviceConfig,
@@ -239,16 +239,6 @@ def compare_shots(config: BenchConfig, folder: str) -> dict[str, dict[str, float
         "times_zero_shot": statistics.median(map(operator.truediv, own, rounds[0])),
         "score_mib": measures[contender.name][-2].memory / MIB,
     } for shots, own, contender in zip(SHOTS, rounds, each, strict=True)}
-
-
-def sized_reviews(
-    tokens: int, number: int, records: Sequence[Record], tokenizer: Tokenizer
-) -> list[Record]:
-    """Return `number` reviews of about `tokens` tokens each, from the words of real ones."""
-    stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
-    starts = range(0, number * tokens, tokens)
-    return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
-            for start in starts]
 
 
 def grow(config: BenchConfig, tokens: int, number: int, folder: str) -> dict[str, float]:

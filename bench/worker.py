@@ -19,7 +19,7 @@ from checkpoints.layouts import END_OF_TEXT
 from methods.build import save_model
 from model import GPT, SIZES, GPTConfig
 from models.families import load_decoder
-from models.tokenizer import get_tokenizer, load_tokenizer
+from models.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 from runtime.device import peak_memory, resolve_device, set_up_memory
 from tasks.sources import Record
 from train import TrainConfig
@@ -152,3 +152,13 @@ def spread(records: Sequence[Record], number: int, rng: random.Random) -> list[R
     by_length = sorted(records, key=lambda record: len(record["text"]))
     size = len(by_length) / number
     return rng.sample([by_length[int((i + rng.random()) * size)] for i in range(number)], number)
+
+
+def sized_reviews(
+    tokens: int, number: int, records: Sequence[Record], tokenizer: Tokenizer
+) -> list[Record]:
+    """Return `number` reviews of about `tokens` tokens each, from the words of real ones."""
+    stream = tokenizer.encode_ordinary(" ".join(record["text"] for record in records))
+    starts = range(0, number * tokens, tokens)
+    return [{"text": tokenizer.decode(stream[start : start + tokens]), "label": 1}
+            for start in starts]

@@ -96,8 +96,9 @@ class Task(ABC):
     tokenizer: Tokenizer | None = None  # of the model; the loader sets it
 
     def __init__(self, prompt: str = "default") -> None:
-        self.reasoning = self.reasoned.get(prompt)  # how the model reasons before it answers
-        templates = {name: reasoning.template for name, reasoning in self.reasoned.items()}
+        reasoned = self.reasoned
+        self.reasoning = reasoned.get(prompt)  # how the model reasons before it answers
+        templates = {name: reasoning.template for name, reasoning in reasoned.items()}
         self.template = prompt_template(prompt, {**self.prompts, **templates})
         self.chat = prompt == "chat"  # in the model's own chat template
 

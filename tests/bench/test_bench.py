@@ -13,9 +13,16 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from bench.__main__ import BenchConfig, grow, growth, main, sized_reviews
+from bench.__main__ import BenchConfig, grow, growth, main
 from bench.report import check_folder, markdown, plot
-from bench.worker import WAYS, Contender, Measure, checkpoint_bytes, random_checkpoint
+from bench.worker import (
+    WAYS,
+    Contender,
+    Measure,
+    checkpoint_bytes,
+    random_checkpoint,
+    sized_reviews,
+)
 from configurator import configure
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
@@ -120,14 +127,19 @@ def test_checkpoint_of_another_family_is_compared(
     assert all(row["score_gflops"] > 0 and row["train_gflops"] > 0 for row in rows.values())
 
 
+def measure_alone(config: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """Return what a part that needs no rivals measures, in this process."""
+    monkeypatch.setattr("bench.__main__.Worker", InProcess)
+    monkeypatch.setattr("bench.__main__.WINDOW", 8)
+    main(replace(config, dtype="float32"))
+    return json.loads(Path(config.out_dir, "bench.json").read_text())[config.what]
+
+
 @pytest.mark.usefixtures("_gpt2_tokenizer")
 def test_methods_that_the_model_can_have_are_measured(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.__main__.Worker", InProcess)
-    monkeypatch.setattr("bench.__main__.WINDOW", 16)
-    main(replace(config, model=llama, dtype="float32", what="methods"))
-    found = json.loads(Path(config.out_dir, "bench.json").read_text())["methods"]
+    found = measure_alone(replace(config, model=llama, what="methods"), monkeypatch)
     assert list(found) == ["lora", "bottleneck", "prefix", "full"]  # it has no biases
     assert all(value > 0 for point in found.values() for value in point.values())
     assert "| bottleneck | " in Path(config.out_dir, "bench.md").read_text()
@@ -137,10 +149,8 @@ def test_methods_that_the_model_can_have_are_measured(
 def test_examples_in_the_prompt_are_measured_beside_none(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.__main__.Worker", InProcess)
-    monkeypatch.setattr("bench.__main__.WINDOW", 4)
-    main(replace(config, model=llama, dtype="float32", what="shots", prompt="{text} ="))
-    found = json.loads(Path(config.out_dir, "bench.json").read_text())["shots"]
+    asked = replace(config, model=llama, what="shots", prompt="{text} =")
+    found = measure_alone(asked, monkeypatch)
     assert list(found) == ["0", "4", "16"]
     assert found["0"]["times_zero_shot"] == 1
     assert all(value > 0 for point in found.values() for value in point.values())
