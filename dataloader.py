@@ -4,58 +4,35 @@ A training sequence is prompt + answer + end-of-text. Only the answer and the en
 supervised. Inference uses the same prompt to the token, so the prompt ends where the answer begins.
 """
 
-import random
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
-from typing import Annotated, NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from checkpoints.files import local_path
 from configurator import Bounds
-from model import IGNORE, DecoderConfig
+from methods.dpo import PreferenceConfig
+from methods.pairs import Pair, PairBatch, collate_pairs
+from model import IGNORE, Decoder, DecoderConfig
 from models.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
-from tasks.arithmetic import ArithmeticTask
-from tasks.base import Task, line_ends, prompt_template
+from runtime.batching import by_length, common_prefix, epoch_order
+from runtime.kv_cache import Prefix
+from tasks.base import Task, prompt_template
 from tasks.demonstrations import Demonstrations, ShotsConfig, draw, draw_demonstrations
-from tasks.python_code import PythonCodesTask
-from tasks.sentiment import PROMPTS, SentimentTask
+from tasks.registry import TaskConfig, make_task, resolve_dataset
+from tasks.sentiment import PROMPTS
 from tasks.sources import SPLITS, Record, data_digest
 
 ANSWER_ROOM = 8  # tokens kept free after every prompt, at least
+
 
 def get_sentiment_prompt(text: str, label: str = "", prompt: str = "default") -> str:
     """Return the prompt for `text`; a `label` word, if given, follows as the answer."""
     answer = f" {label.strip()}" if label.strip() else ""
     return prompt_template(prompt, PROMPTS).replace("{text}", text) + answer
-
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (SentimentTask, PythonCodesTask, ArithmeticTask)}
-
-
-def find_task(name: str) -> type[Task]:
-    if name not in TASKS:
-        raise ValueError(f"task={name!r} must be one of {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def make_task(name: str, prompt: str = "default") -> Task:
-    """Return the task called `name`; raises ValueError if there is none, or no such prompt."""
-    return find_task(name)(prompt)
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Settings of the task: its data set and its prompt."""
-
-    task: Annotated[str, f"the task: {', '.join(TASKS)}"] = "sentiment"
-    dataset: Annotated[str, "a name or a path; auto is the task's default", local_path] = "auto"
-    prompt: Annotated[str, "a template's name, or a text with {text} in it", line_ends] = "default"
 
 
 @dataclass(frozen=True)
@@ -69,28 +46,26 @@ class DataConfig(TaskConfig):
     seed: Annotated[int, "for adapters, data, dropout, sampling", Bounds(0, 2**63 - 1)] = 1337
 
 
-Data = TypeVar("Data", bound=TaskConfig)
-
-
-def resolve_dataset(config: Data) -> Data:
-    """Replace dataset="auto" by the default data set of the task."""
-    auto = config.dataset == "auto"
-    return replace(config, dataset=find_task(config.task).dataset) if auto else config
-
-
 class Example(NamedTuple):
     """Token ids of one prompt and of its answer, which ends with end-of-text."""
 
     prompt: list[int]
     answer: list[int]
 
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
 
 @dataclass(frozen=True)
 class Batch:
     """Sequences behind one shared `prefix` (1, P), padded on the right.
 
-    `inputs` and `targets` are (B, T); a target is the token after its input, or -100.
+    `inputs` and `targets` are (B, T); a target is the token after its input, or -100. Training
+    minimizes the first of the `measures`, which are means over as many things as `weight` says.
     """
+
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
 
     prefix: Tensor
     inputs: Tensor
@@ -100,44 +75,33 @@ class Batch:
     def supervised_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
 
+    weight = supervised_tokens
+
+    def measure(self, model: Decoder, past: Prefix) -> Tensor:
+        """Return the loss in nats a supervised token, (1,); `past` is the prefix, prefilled."""
+        _, loss = model(self.inputs, self.targets, past)
+        return loss[None]
+
+    def log_probs(self, model: Decoder, past: Prefix) -> Tensor:
+        """Return the log-probability of each row's whole answer, (B,), in nats."""
+        _, nats = model(self.inputs, self.targets, past, reduction="none")
+        supervised = self.targets != IGNORE  # (B, T)
+        return -nats.new_zeros(supervised.shape).masked_scatter(supervised, nats).sum(dim=1)
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in (self.prefix, self.inputs, self.targets)))
 
 
-@lru_cache(maxsize=2)
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """Return the permutation of `range(size)` in which an epoch visits its examples."""
-    return random.Random(f"order {seed} {epoch}").sample(range(size), size)
-
-
-def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """Return the longest prefix of all `prompts` that leaves each at least one token."""
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    differ = (i for i in range(limit) if first[i] != last[i])
-    return first[: next(differ, limit)]
-
-
-def make_batches(examples: Sequence[Example], prefix: list[int], batch_size: int) -> list[Batch]:
-    """Sort `examples` by length and split them into batches with `equal_parts`."""
-    by_length = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
-    lengths = [len(e.prompt) + len(e.answer) - len(prefix) for e in by_length]
-    return [collate(by_length[part], prefix) for part in equal_parts(lengths, batch_size)]
-
-
-def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
-    """Split rows of these `lengths` into batches with about the same number of tokens.
-
-    There are as many batches as with `batch_size` rows each, but a batch of short rows holds more
-    of them: all batches need about the same memory and time.
-    """
-    number, total = -(-len(lengths) // batch_size), list(accumulate(lengths))
-    bounds = [0]
-    for i in range(1, number + 1):
-        bound = bisect_left(total, i * total[-1] / number) + 1
-        rest = number - i  # each later batch needs at least one row
-        bounds.append(min(max(bound, bounds[-1] + 1), len(lengths) - rest))
-    return [slice(start, end) for start, end in pairwise(bounds)]
+def make_batches(
+    examples: Sequence[Example] | Sequence[Pair], prefix: list[int], batch_size: int,
+    objective: PreferenceConfig | None = None,
+) -> list[Batch] | list[PairBatch]:
+    """Return batches of `examples` of similar length, pairs for an `objective`; see `by_length`."""
+    lengths = [example.length - len(prefix) for example in examples]
+    parts = [[examples[i] for i in part] for part in by_length(lengths, batch_size)]
+    if objective:
+        return [collate_pairs(part, prefix, objective, collate) for part in parts]
+    return [collate(part, prefix) for part in parts]
 
 
 def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:
@@ -176,6 +140,7 @@ class CustomDataLoader:
         self.balanced = balanced
         self.tokenizer = task.tokenizer = tokenizer or get_tokenizer()  # GPT-2's
         self.demonstrations = Demonstrations(task, self.tokenizer)  # none
+        self.objective: PreferenceConfig | None = None  # of pairs
         self._records: dict[str, list[Record]] = {}
 
     def records(self, split: str) -> list[Record]:
@@ -195,6 +160,14 @@ class CustomDataLoader:
         question = max(map(self.task.prompt, questions), key=len)
         self.demonstrations = draw_demonstrations(
             shots, self.demonstrations, self.records("train"), question, self.block_size - room)
+
+    def compare(
+        self, objective: PreferenceConfig, split: str, log_probs: Sequence[tuple[float, float]]
+    ) -> None:
+        """Serve pairs from now on; the reference model gives each of a split its `log_probs`."""
+        self.objective = objective
+        for record, reference in zip(self.records(split), log_probs, strict=True):
+            record["reference"] = reference
 
     def _add_instruction_finetuning(self, rec: Record) -> Record:
         return rec | {"instr_tuned_text": self.task.prompt(rec) + self.task.answer(rec)}
@@ -241,18 +214,43 @@ class CustomDataLoader:
             raise ValueError(f"a prompt without words: {record[self.task.text_field]!r:.60}")
         return ids
 
-    def encode(self, record: Record) -> Example:
-        """Return prompt and answer; an answer that was cut does not end with end-of-text."""
+    def encode(self, record: Record, number: int = 0) -> Example:
+        """Return the prompt and one of the task's answers; a cut one lacks its end-of-text."""
         if self.task.reasoning:
             raise ValueError("this prompt= asks for reasons, which the training examples lack")
         prompt = self.encode_prompt(record)
-        answer = [*self.encode_answer(self.task.answer(record)), self.tokenizer.eot_token]
+        text, ended = self.task.answers_of(record)[number]
+        answer = [*self.encode_answer(text), *[self.tokenizer.eot_token] * ended]
         return Example(prompt, answer[: self.block_size - len(prompt)])
+
+    def encode_example(self, record: Record) -> Example | Pair:
+        """Return what training learns from a record."""
+        example = self.encode(record)
+        pairs = self.objective is not None
+        return Pair(example, self.encode(record, 1), record["reference"]) if pairs else example
+
+    def likelihoods(
+        self, model: Decoder, records: Sequence[Record], batch_size: int, progress: str = ""
+    ) -> list[list[tuple[float, int]]]:
+        """Return the nats and the tokens of each of a record's `answers_of`, for all `records`."""
+        number = len(self.task.answers_of(records[0])) if records else 0
+        examples = [self.encode(record, i) for record in records for i in range(number)]
+        prefix = self.prefix([example.prompt for example in examples])
+        past = model.prefill(torch.tensor([prefix], device=model.device).long())
+        found = torch.empty(len(examples))
+        parts = by_length([example.length for example in examples], batch_size)
+        for rows in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
+            batch = collate([examples[i] for i in rows], prefix).to(model.device)
+            found[rows] = -batch.log_probs(model, past).cpu()
+        nats = [*zip(found.tolist(), (len(example.answer) for example in examples), strict=True)]
+        return [nats[i : i + number] for i in range(0, len(nats), number or 1)]
 
     @property
     def answers_cut(self) -> int:
         """Number of training answers that were too long for a sequence."""
-        return sum(e.answer[-1] != self.tokenizer.eot_token for e in self._training_set[0])
+        examples = (each.chosen if self.objective else each for each in self._training_set[0])
+        return sum(each.answer[-1] != self.tokenizer.eot_token and each.length == self.block_size
+                   for each in examples)
 
     def texts_cut(self, records: Iterable[Record], room: int = 0) -> int:
         """Count the `records` whose text `encode_prompt` cuts."""
@@ -283,8 +281,8 @@ class CustomDataLoader:
         return self.tokenizer.encode_answer(answer.lstrip() if self.task.chat else answer)
 
     @cached_property
-    def _training_set(self) -> tuple[list[Example], list[int]]:
-        examples = [self.encode(record) for record in self.records("train")]
+    def _training_set(self) -> tuple[list[Example | Pair], list[int]]:
+        examples = [self.encode_example(record) for record in self.records("train")]
         return examples, self.prefix([example.prompt for example in examples])
 
     def prefix(self, prompts: Sequence[list[int]]) -> list[int]:
@@ -302,13 +300,13 @@ class CustomDataLoader:
         for place in range(iteration * size, (iteration + 1) * size):
             epoch, position = divmod(place, len(examples))
             chosen.append(examples[epoch_order(len(examples), self.seed, epoch)[position]])
-        return make_batches(chosen, prefix, batch_size)
+        return make_batches(chosen, prefix, batch_size, self.objective)
 
     def batches(self, records: Iterable[Record], batch_size: int) -> list[Batch]:
         """Return supervised batches of `records`, shortest first."""
-        examples = [self.encode(record) for record in records]
+        examples = [self.encode_example(record) for record in records]
         prefix = self.prefix([example.prompt for example in examples])
-        return make_batches(examples, prefix, batch_size)
+        return make_batches(examples, prefix, batch_size, self.objective)
 
 
 def make_loader(

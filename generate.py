@@ -18,30 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.files import (
-    anchored,
-    atomic_write,
-    local_path,
-    slug,
-    writable_folder,
-    write_json,
-)
+from checkpoints.files import anchored, atomic_write, local_path, slug, writable_folder, write_json
 from checkpoints.pretrained import checkpoint_digest
 from configurator import Bounds, run_script
-from dataloader import (
-    CustomDataLoader,
-    DataConfig,
-    collate,
-    equal_parts,
-    make_loader,
-    pad,
-    resolve_dataset,
-)
+from dataloader import CustomDataLoader, DataConfig, make_loader, pad
 from methods.build import MethodConfig, load_checkpoint
-from model import IGNORE, Decoder
+from model import Decoder
 from models.export import export_model
 from models.families import load_decoder
 from models.tokenizer import Tokenizer, load_tokenizer
+from runtime.batching import by_length
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -64,6 +50,7 @@ from runtime.result_files import Stamp, results_suffix, spare_results, weights_s
 from runtime.run_folder import FolderConfig, read_run, run_dtype
 from tasks.base import filled, line_ends
 from tasks.demonstrations import ShotsConfig
+from tasks.registry import resolve_dataset
 from tasks.scores import CONTENT_FREE, Completion, calibrate, fields
 from tasks.sources import Record
 
@@ -156,17 +143,19 @@ class ModelSampler:
     def predict(
         self, records: Sequence[Record], progress: str = "", likelihood: bool = False
     ) -> list[Any]:
-        """Return the task's prediction for each record, if asked with the answer's likelihood."""
+        """Return the task's prediction for each record, if asked with its answers' likelihood."""
         if not records:  # fewer records than processes
             return []
         task = self.loader.task
         empty = [empty for text in CONTENT_FREE if self.calibrate
                  and self.loader.encode_whole(empty := {task.text_field: text})]
         prompts = [self.loader.encode_prompt(each, self.room) for each in (*records, *empty)]
+        likelihoods = [()] * len(prompts)
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), autocast(self.model.device, self.dtype):
-            right = self._likelihoods(records) if likelihood else [(0.0, 0)] * len(prompts)
+            if likelihood:
+                likelihoods = self.loader.likelihoods(self.model, records, self.batch_size)
             thoughts = [""] * len(prompts)
             if reasoning := self.reasoning:
                 said = self._complete(prompts, reasoning.tokens, progress)
@@ -174,8 +163,8 @@ class ModelSampler:
                 prompts = reasoning.conclude(prompts, thoughts, self.loader.tokenizer)
             said = self._complete(prompts, self.max_new_tokens, progress)
         self.model.train(was_training)
-        predictions = [task.judge(Completion(*one, *other, thought))
-                       for one, other, thought in zip(said, right, thoughts, strict=True)]
+        predictions = [task.judge(Completion(*one, nats, thought))
+                       for one, nats, thought in zip(said, likelihoods, thoughts, strict=True)]
         return calibrate(predictions, len(empty)) if empty else predictions
 
     def _complete(self, prompts: list[list[int]], limit: int, progress: str) -> list[tuple]:
@@ -184,31 +173,11 @@ class ModelSampler:
         past = self.model.prefill(self._tensor([prefix]).long())
         own = [prompt[len(prefix) :] for prompt in prompts]
         found: dict[int, tuple] = {}
-        parts = self._by_length(own)
+        parts = by_length(list(map(len, own)), self.batch_size)
         for batch in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
             said = self._continue([own[i] for i in batch], limit, past)
             found.update(zip(batch, said, strict=True))
         return [found[i] for i in range(len(prompts))]
-
-    def _by_length(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the indices of `sequences` in batches, shortest first."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        parts = equal_parts([len(sequences[i]) for i in order], self.batch_size)
-        return [order[part] for part in parts]
-
-    def _likelihoods(self, records: Sequence[Record]) -> list[tuple[float, int]]:
-        """Return the nats and the tokens of each right answer with its end-of-text."""
-        examples = [self.loader.encode(record) for record in records]
-        prefix = self.loader.prefix([example.prompt for example in examples])
-        past = self.model.prefill(self._tensor([prefix]).long())
-        found: dict[int, tuple[float, int]] = {}
-        for numbers in self._by_length([prompt + answer for prompt, answer in examples]):
-            batch = collate([examples[i] for i in numbers], prefix).to(self.model.device)
-            _, nats = self.model(batch.inputs, batch.targets, past, reduction="none")
-            tokens = (batch.targets != IGNORE).sum(dim=1).tolist()  # of each row's answer
-            for i, part in zip(numbers, nats.split(tokens), strict=True):
-                found[i] = part.sum().item(), len(part)
-        return [found[i] for i in range(len(records))]
 
     def _continue(self, prompts: list[list[int]], limit: int, past: Prefix) -> list[tuple]:
         """Continue a batch of `prompts`, given without the prefix that `past` holds."""

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.files import anchored
 from checkpoints.pretrained import PACKAGED, checkpoint_digest
+from checkpoints.trained_format import trained_state
 from checkpoints.trainer_state import STATE_FILE, TrainerState
-from configurator import Bounds, configure, run_script
-from dataloader import Batch, DataConfig, make_loader, resolve_dataset
+from configurator import Bounds, run_script
+from dataloader import Batch, DataConfig, make_loader
 from generate import ModelSampler, score
 from lora import count_parameters
 from methods.build import MethodConfig, build_model, load_checkpoint, save_checkpoint
+from methods.dpo import PreferenceConfig
+from methods.pairs import PairBatch, reference_log_probs
 from model import Decoder
 from models.families import load_decoder
 from models.tokenizer import load_tokenizer
@@ -54,14 +58,15 @@ from runtime.processes import (
     world_size,
 )
 from runtime.tracking import TrackingConfig, start_tracking
+from tasks.registry import resolve_dataset
 from tasks.scores import table
 from tasks.sources import NAMES
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    TrackingConfig, OptimizerConfig, MethodConfig, DataConfig, run_folder.NewFolderConfig,
-    DeviceConfig,
+    TrackingConfig, OptimizerConfig, PreferenceConfig, MethodConfig, DataConfig,
+    run_folder.NewFolderConfig, DeviceConfig,
 ):
     """Settings of `train.py`; the defaults are the homework's."""
 
@@ -90,29 +95,28 @@ PROGRESS = ("iteration", "evaluated", "checkpoints")
 
 
 def train_step(
-    model: Decoder, batches: list[Batch], optimizer: torch.optim.Optimizer,
+    model: Decoder, batches: list[Batch] | list[PairBatch], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, grad_clip: float, dtype: torch.dtype,
-) -> float:
-    """Take one optimizer step on a window of batches; return its loss in nats a token.
+) -> dict[str, float]:
+    """Take one optimizer step on a window of batches; return its loss and other measures by name.
 
     The loss is the sum over the supervised tokens of the whole window, on all ranks, divided by
-    their number: it does not depend on how the window is split into batches.
+    their number (over pairs, for preferences): it does not depend on how the window is split.
     """
-    supervised = sum(batch.supervised_tokens for batch in batches)
-    losses = torch.zeros(len(batches), device=model.device)
+    total = sum(batch.weight for batch in batches)
+    measures = torch.zeros(len(batches), len(batches[0].measures), device=model.device)
     with autocast(model.device, dtype):
         prefix = SharedPrefix(model.prefill(batches[0].prefix.to(model.device)))
     for i in own_share(range(len(batches))):
         with autocast(model.device, dtype):
             batch = batches[i].to(model.device)
-            _, loss = model(batch.inputs, batch.targets, prefix.past)
-            loss = loss * (batch.supervised_tokens / supervised)
-        scaler.scale(loss).backward()
-        losses[i] = loss.detach()
+            means = batch.measure(model, prefix.past) * (batch.weight / total)  # the loss first
+        scaler.scale(means[0]).backward()
+        measures[i] = means.detach()
     prefix.backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sum_over_ranks([losses, *(parameter.grad for parameter in trained)])
-    if not losses.isfinite().all():
+    sum_over_ranks([measures, *(parameter.grad for parameter in trained)])
+    if not (losses := measures[:, 0]).isfinite().all():
         i = losses.isfinite().logical_not().nonzero()[0].item()
         raise FloatingPointError(f"the loss of batch {i + 1} of {len(batches)} is {losses[i]:g}")
     scaler.unscale_(optimizer)
@@ -121,23 +125,25 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # in place: new tensors would fragment the memory
-    return losses.sum().item()
+    return dict(zip(batches[0].measures, measures.sum(dim=0).tolist(), strict=True))
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, batches: list[Batch], dtype: torch.dtype) -> float:
-    """Return the mean loss in nats over the supervised tokens of fixed batches, on all ranks."""
+def validate(
+    model: Decoder, batches: list[Batch] | list[PairBatch], dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the loss over fixed batches, on all ranks, as `train_step` does."""
     model.eval()
-    total = torch.zeros((), device=model.device)
+    total = torch.zeros(len(batches[0].measures), device=model.device)
     with autocast(model.device, dtype):
         past = model.prefill(batches[0].prefix.to(model.device))
         for batch in own_share(batches):
             batch = batch.to(model.device)
-            _, loss = model(batch.inputs, batch.targets, past)
-            total += loss * batch.supervised_tokens
+            total += batch.measure(model, past) * batch.weight
     sum_over_ranks([total])
     model.train()
-    return total.item() / sum(batch.supervised_tokens for batch in batches)
+    means = [value / sum(batch.weight for batch in batches) for value in total.tolist()]
+    return dict(zip(batches[0].measures, means, strict=True))
 
 
 class Run:
@@ -156,15 +162,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = build_model(config.init_from, config, self.device, self.dtype)
         torch.manual_seed(config.seed + rank())  # all ranks share their adapters, not their dropout
-        self.loader = make_loader(
-            config, self.model.config, load_tokenizer(config.init_from))
-        self.digests = {"base_sha256": checkpoint_digest(config.init_from),
-                        "data_sha256": self.loader.data_sha256, **self.loader.tokenizer.digests}
-        # What is wrong with the test split is an error now, not after the training.
-        self.loader.batches(self.loader.spread("test", config.test_size), config.eval_batch_size)
-        self.validation = self.loader.spread(
-            "validation", config.eval_iters * config.eval_batch_size)
-        self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
+        self.read_data(saved)
         self.optimizer = configure_optimizer(self.model, config, config.lora_plus_ratio)
         # The default scale of 2^16 overflows in the first steps, which a short run cannot spare.
         self.scaler = torch.amp.GradScaler(
@@ -176,12 +174,28 @@ class Run:
             self.load_state(saved)
         elif rank() == 0:
             run_folder.refuse_loss(config)  # again, now that this process holds the lock
-            run_folder.start_folder(config, **self.facts)
+            run_folder.start_folder(config, self.reference, **self.facts)
         self.metrics = (MetricsLog(self.folder, start_tracking(config, self.folder))
                         if rank() == 0 and not (saved and config.eval_only) else MetricsLog(None))
         if config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=True)
+
+    def read_data(self, saved: run_folder.SavedRun | None) -> None:
+        """Read all splits: what is wrong with one is an error now, not after the training."""
+        config = self.config
+        self.loader = make_loader(config, self.model.config, load_tokenizer(config.init_from))
+        self.digests = {"base_sha256": checkpoint_digest(config.init_from),
+                        "data_sha256": self.loader.data_sha256, **self.loader.tokenizer.digests}
+        self.loader.batches(self.loader.spread("test", config.test_size), config.eval_batch_size)
+        self.reference: dict[str, Tensor] = {}
+        if self.loader.task.pairs and config.preference_loss == "dpo":
+            self.reference = reference_log_probs(
+                self.loader, self.model, config, self.dtype, self.folder if saved else None)
+            self.digests["reference_sha256"] = run_folder.tensors_digest(self.reference)
+        self.validation = self.loader.spread(
+            "validation", config.eval_iters * config.eval_batch_size)
+        self.validation_batches = self.loader.batches(self.validation, config.eval_batch_size)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -192,11 +206,12 @@ class Run:
 
     def evaluate(self) -> None:
         """Validate, log, and save the checkpoints that are due."""
-        loss = validation_loss(self.model, self.validation_batches, self.dtype)
+        measures = validate(self.model, self.validation_batches, self.dtype)
+        loss = measures.pop("loss")
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.iteration}: the validation loss is {loss}")
-        task, results = self.loader.task, {"perplexity": math.exp(min(loss, 700.0))}
-        summary = f"perplexity {results['perplexity']:.2f}"
+        task, results = self.loader.task, measures or {"perplexity": math.exp(min(loss, 700.0))}
+        summary = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
         if task.quick:
             sampler = ModelSampler(
                 self.model, self.loader, self.dtype, self.config.eval_batch_size)
@@ -204,11 +219,9 @@ class Run:
             results = {name: scores[name] for name in task.logged}
             summary = task.describe(scores)
         if not self.evaluated:
-            self.metrics.log(
-                self.iteration, validation_loss=loss,
-                **{f"validation_{name}": value for name, value in results.items()},
-                memory_mib=peak_memory(self.device) / 2**20,
-            )
+            logged = {f"validation_{name}": value for name, value in results.items()}
+            self.metrics.log(self.iteration, validation_loss=loss, **logged,
+                             memory_mib=peak_memory(self.device) / 2**20)
         self.evaluated = True
         if rank() == 0:
             tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {summary}")
@@ -232,9 +245,8 @@ class Run:
 
     @property
     def state(self) -> TrainerState:
-        trained = {name: parameter.detach() for name, parameter in self.model.named_parameters()
-                   if parameter.requires_grad}
-        return TrainerState(trained, self.optimizer, self.scaler, self.device)
+        weights = trained_state(self.model)
+        return TrainerState(weights, self.optimizer, self.scaler, self.device)
 
     def save_state(self) -> None:
         """Write what the next step depends on; the data order follows from the iteration."""
@@ -277,16 +289,17 @@ def take_step(run: Run) -> str:
         torch.manual_seed(config.seed + rank() + world_size() * run.iteration)
     batches = run.loader.window(run.iteration, config.window, config.batch_size)
     try:
-        loss = train_step(
+        measures = train_step(
             run.model, batches, run.optimizer, run.scaler, config.grad_clip, run.dtype)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {run.iteration}: {error}") from None
     speed = config.window / (time.perf_counter() - started)
     if run.iteration % config.log_interval == 0:
-        run.metrics.log(run.iteration, train_loss=loss, learning_rate=rate,
-                        reviews_per_second=speed)
+        run.metrics.log(
+            run.iteration, **{f"train_{name}": value for name, value in measures.items()},
+            learning_rate=rate, reviews_per_second=speed)
     run.iteration, run.evaluated = run.iteration + 1, False
-    return f"loss {loss:.3f}, {speed:.1f} {run.loader.task.noun}/s"
+    return f"loss {measures['loss']:.3f}, {speed:.1f} {run.loader.task.noun}/s"
 
 
 def fit(run: Run) -> None:
@@ -332,12 +345,10 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
     checkpoints = {"base": {"iteration": 0}} if config.baseline else {}
     checkpoints |= of_rank_zero(run.checkpoints)
     for name, saved in checkpoints.items():
-        if twin := next((other for other in scores if checkpoints[other] == saved), ""):
-            scores[name] = scores[twin]  # saved at the same validation: the weights are equal
-            if rank() == 0:
-                result_files.copy_results(run.folder / twin, run.folder / name)
-        else:
-            scores[name] = score_checkpoint(run, name)
+        twin = next((other for other in scores if checkpoints[other] == saved), "")
+        if twin and rank() == 0:  # saved at the same validation: the weights are equal
+            result_files.copy_results(run.folder / twin, run.folder / name)
+        scores[name] = scores[twin] if twin else score_checkpoint(run, name)
         run.metrics.log(run.iteration,
                         **{f"test_{task.headline}_{name}": scores[name][task.headline]})
         loss = f"{saved['loss']:.4f}" if "loss" in saved else ""
@@ -375,23 +386,12 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, dict[str, Any]
         run.close()
 
 
-def resumed(config: TrainConfig) -> TrainConfig:
-    """Return the run's settings with the command line's; raises ValueError if it may not change."""
-    saved = run_folder.read_run(config.out_dir)
-    settings = {**saved.settings, **asdict(saved.config(TrainConfig))}  # unknown ones are refused
-    config = configure(TrainConfig, defaults=settings | {"out_dir": config.out_dir})
-    config = replace(config, init_from=settings["init_from"])
-    if changed := run_folder.changed_settings(settings, config, MAY_CHANGE):
-        raise ValueError(f"a resumed run keeps its settings, but {changed}")
-    return config
-
-
 @explain_out_of_memory()
 @leave_job_at_the_end()
 def main(config: TrainConfig) -> None:
     set_up_memory()
     resume = config.init_from == "resume"
-    config = resumed(config) if resume else config
+    config = run_folder.resumed_settings(config, MAY_CHANGE) if resume else config
     train(config, resume and run_folder.has_state(config))
 
 

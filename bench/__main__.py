@@ -38,7 +38,7 @@ from bench.worker import (
 )
 from checkpoints.files import local_path, writable_folder
 from configurator import Bounds, run_script
-from dataloader import CustomDataLoader, DataConfig, SentimentTask
+from dataloader import CustomDataLoader, DataConfig
 from methods.bitfit import is_bias_name
 from model import MAX_RANK
 from models.families import load_config, parameter_names
@@ -53,6 +53,7 @@ from runtime.device import (
 )
 from runtime.run_folder import git_commit
 from tasks.base import line_ends
+from tasks.sentiment import SentimentTask
 from tasks.sources import Record
 from train import TrainConfig
 

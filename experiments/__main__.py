@@ -9,30 +9,25 @@ Finished runs are skipped and interrupted ones resumed: repeat the same command 
 crash. The report lists the runs that failed with their errors.
 """
 
-import hashlib
-import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from configurator import run_script
-from dataloader import make_task, resolve_dataset
-from experiments.jobs import AGAIN, Job, run_jobs
+from experiments.jobs import AGAIN, Job, make_job, run_jobs
 from experiments.plan import ExperimentsConfig, Variant, plan
 from experiments.report import check_folder, write_report
 from experiments.results import Row
 from experiments.time_estimate import Estimate
 from generate import GenerateConfig
-from methods.build import GPT2_TARGETS
-from runtime.run_folder import FREE_SETTINGS
+from tasks.registry import make_task, resolve_dataset
 from tasks.scores import table
 from train import TrainConfig
 
@@ -54,16 +49,6 @@ def plan_jobs(
     return jobs
 
 
-# The settings that named a run's folder when every setting did, defaults too.
-FIRST_SETTINGS = {
-    "backend", "batch_size", "beta1", "beta2", "block_size", "compile", "dataset", "decay_lr",
-    "device", "dropout", "dtype", "eval_batch_size", "eval_interval", "eval_iters", "eval_only",
-    "grad_clip", "gradient_accumulation_steps", "init_from", "learning_rate", "limit", "lora_alpha",
-    "lora_dropout", "lora_qkv", "lora_rank", "lora_targets", "lr_decay_iters", "max_iters",
-    "min_lr", "prompt", "seed", "task", "test_size", "train_size", "warmup_iters", "weight_decay",
-}
-
-
 def train_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {**variant.changes, "seed": seed, "overwrite": True}
@@ -83,32 +68,6 @@ def zero_shot_job(config: ExperimentsConfig, variant: Variant, seed: int) -> Job
         settings["shots_seed"], name = seed, f"{name}-seed{seed}"
     job = make_job(name, "generate.py", settings, GenerateConfig(), config.out_dir)
     return job._replace(result="zero_shot-*/results*.json")
-
-
-def make_job(name: str, script: str, settings: Mapping[str, Any], defaults: TrainConfig |
-             GenerateConfig, out_dir: str) -> Job:
-    """Name the run's folder after the settings that differ from the defaults, too.
-
-    A setting added later thus leaves the names of older runs as they are. A folder named by all
-    settings, as the first version did, is used where it exists.
-    """
-    known = asdict(defaults)
-    changed = {key: value for key, value in settings.items()
-               if key != "out_dir" and value != known[key]}
-    folder = Path(out_dir, f"{name}-{fingerprint(changed, changed.keys())}")
-    first = Path(out_dir, f"{name}-{fingerprint(settings, FIRST_SETTINGS)}")
-    added_later = changed.keys() - FIRST_SETTINGS - FREE_SETTINGS
-    use_first = first.is_dir() and not folder.exists() and not added_later
-    return Job(name, script, changed, first if use_first else folder)
-
-
-def fingerprint(settings: Mapping[str, Any], names: Collection[str]) -> str:
-    """Hash the settings called `names` that change what a run computes."""
-    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)
-                 if key in names}
-    if essential.get("lora_targets") in GPT2_TARGETS:  # as all folders were named at first
-        essential["lora_targets"] = GPT2_TARGETS[essential["lora_targets"]]
-    return hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
 
 
 def jobs_by_question(

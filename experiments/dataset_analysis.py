@@ -13,9 +13,10 @@ import numpy as np
 
 from checkpoints.files import atomic_write, local_path, writable_folder
 from configurator import Bounds, run_script
-from dataloader import CustomDataLoader, TaskConfig, make_task, resolve_dataset
+from dataloader import CustomDataLoader
 from experiments.figures import length_histograms
 from models.tokenizer import load_tokenizer
+from tasks.registry import TaskConfig, make_task, resolve_dataset
 from tasks.scores import table
 from tasks.sources import SPLITS
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from checkpoints.files import read_json
 from checkpoints.pretrained import PACKAGED, checkpoint_digest
-from dataloader import make_task, resolve_dataset
 from runtime.metrics import METRICS_FILE, read_metrics
 from runtime.run_folder import CONFIG_FILE, SavedRun, changed_settings, read_run
 from tasks.base import Task
+from tasks.registry import make_task, resolve_dataset
 from tasks.sources import data_digest
 from train import TrainConfig
 

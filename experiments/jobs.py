@@ -1,13 +1,16 @@
 """Run scripts as processes, several at a time; finished ones are skipped."""
 
+import hashlib
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,6 @@ import torch
 
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT
-from dataloader import make_task
 from experiments.escaping import in_words, one_line
 from experiments.finished_runs import (
     UNREADABLE,
@@ -26,7 +28,10 @@ from experiments.finished_runs import (
     load_started,
     other_settings,
 )
-from runtime.run_folder import FINISHED_FILE, is_finished
+from generate import GenerateConfig
+from methods.build import GPT2_TARGETS
+from runtime.run_folder import FINISHED_FILE, FREE_SETTINGS, is_finished
+from tasks.registry import make_task
 from train import TrainConfig
 
 ATTEMPT = "$ python"  # the log's line before the output of an attempt
@@ -34,6 +39,16 @@ ATTEMPT = "$ python"  # the log's line before the output of an attempt
 TO_DO, INTERRUPTED, FINISHED = "to do", "interrupted", "finished"
 AGAIN, OTHER = "to do again", "holds another run"
 Started = subprocess.Popen | str  # the process of a job, or the error that kept it from starting
+
+
+# The settings that named a run's folder when every setting did, defaults too.
+FIRST_SETTINGS = {
+    "backend", "batch_size", "beta1", "beta2", "block_size", "compile", "dataset", "decay_lr",
+    "device", "dropout", "dtype", "eval_batch_size", "eval_interval", "eval_iters", "eval_only",
+    "grad_clip", "gradient_accumulation_steps", "init_from", "learning_rate", "limit", "lora_alpha",
+    "lora_dropout", "lora_qkv", "lora_rank", "lora_targets", "lr_decay_iters", "max_iters",
+    "min_lr", "prompt", "seed", "task", "test_size", "train_size", "warmup_iters", "weight_decay",
+}
 
 
 class Job(NamedTuple):
@@ -207,6 +222,32 @@ class Job(NamedTuple):
         if kind == FINISHED:
             return ""
         return "it ended without its result" + (f": {reason}" if reason else "")
+
+
+def make_job(name: str, script: str, settings: Mapping[str, Any], defaults: TrainConfig |
+             GenerateConfig, out_dir: str) -> Job:
+    """Name the run's folder after the settings that differ from the defaults, too.
+
+    A setting added later thus leaves the names of older runs as they are. A folder named by all
+    settings, as the first version did, is used where it exists.
+    """
+    known = asdict(defaults)
+    changed = {key: value for key, value in settings.items()
+               if key != "out_dir" and value != known[key]}
+    folder = Path(out_dir, f"{name}-{fingerprint(changed, changed.keys())}")
+    first = Path(out_dir, f"{name}-{fingerprint(settings, FIRST_SETTINGS)}")
+    added_later = changed.keys() - FIRST_SETTINGS - FREE_SETTINGS
+    use_first = first.is_dir() and not folder.exists() and not added_later
+    return Job(name, script, changed, first if use_first else folder)
+
+
+def fingerprint(settings: Mapping[str, Any], names: Collection[str]) -> str:
+    """Hash the settings called `names` that change what a run computes."""
+    essential = {key: settings[key] for key in sorted(settings.keys() - FREE_SETTINGS)
+                 if key in names}
+    if essential.get("lora_targets") in GPT2_TARGETS:  # as all folders were named at first
+        essential["lora_targets"] = GPT2_TARGETS[essential["lora_targets"]]
+    return hashlib.sha256(json.dumps(essential).encode()).hexdigest()[:8]
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, str]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from checkpoints.files import local_path, slug
 from configurator import Bounds
-from dataloader import find_task, make_loader
+from dataloader import make_loader
 from methods.bitfit import is_bias_name
 from methods.build import MethodName
 from model import GPT
@@ -17,6 +17,7 @@ from models.tokenizer import load_tokenizer
 from runtime.tracking import WandbMode
 from tasks.base import Answers
 from tasks.demonstrations import ShotsConfig
+from tasks.registry import find_task
 from train import TrainConfig
 
 RANKS: dict[Answers, tuple[int, ...]] = {"word": (16, 128, 196), "text": (8, 64)}

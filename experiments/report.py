@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from dataloader import make_task
 from experiments import page, text_sections
 from experiments.escaping import code, fenced, plain
 from experiments.page import write_page
@@ -22,6 +21,7 @@ from experiments.sections import (
     zero_shot,
 )
 from experiments.shot_section import shots
+from tasks.registry import make_task
 from train import TrainConfig
 
 TITLE = "# LoRA on"  # the model follows

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from dataloader import find_task
 from experiments.escaping import fenced, plain
 from experiments.finished_runs import Scores, TrainedRun, load_run
 from experiments.jobs import Job
+from tasks.registry import find_task
 from train import TrainConfig
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloader import find_task
 from experiments.escaping import fenced, plain
 from experiments.figures import (
     Method,
@@ -32,6 +31,7 @@ from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES
 from models.families import family_of, load_config
 from runtime.metrics import training_seconds
+from tasks.registry import find_task
 from tasks.scores import markdown_table, wilson_interval
 from train import TrainConfig
 

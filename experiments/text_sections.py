@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dataloader import make_task
 from experiments.escaping import one_line, plain, visible
 from experiments.figures import validation_curves
 from experiments.results import (
@@ -22,6 +21,7 @@ from experiments.results import (
     mean_and_deviation,
 )
 from tasks.base import Task
+from tasks.registry import make_task
 from tasks.scores import Metric, markdown_table
 from train import TrainConfig
 

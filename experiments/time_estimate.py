@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from bench.flops import matrix_peak, useful_flops
-from dataloader import CustomDataLoader, find_task, make_task
+from dataloader import CustomDataLoader
 from experiments.jobs import Job
 from models.families import load_config
 from models.tokenizer import load_tokenizer
 from runtime.device import resolve_device, resolve_dtype
 from runtime.metrics import read_metrics, training_seconds
+from tasks.registry import find_task, make_task
 from train import TrainConfig
 
 STARTUP = 6.0  # seconds before a script starts to compute

@@ -1,5 +1,7 @@
 """Build the model of a run: a checkpoint, and on it what the run's method adds and trains."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +12,7 @@ from checkpoints.files import local_path
 from checkpoints.peft_format import load_adapter, save_adapter
 from checkpoints.trained_format import load_trained, save_trained
 from configurator import Bounds
-from lora import LoRALinear, mark_only_lora_as_trainable
+from lora import LoRALinear, adapters_off, mark_only_lora_as_trainable
 from methods.bitfit import train_biases
 from methods.bottleneck import add_bottlenecks
 from methods.prefix_tuning import add_prefix, load_prefix, save_prefix
@@ -103,6 +105,18 @@ def load_base(name: str | Path, config: MethodConfig) -> Decoder:
         lora_targets=config.targets,
         lora_rank_stabilized=config.lora_scaling == "rank_stabilized",
     )
+
+
+@contextmanager
+def reference_model(
+    model: Decoder, config: MethodConfig, device: torch.device
+) -> Iterator[Decoder]:
+    """Yield the base of `model` before any training: with LoRA the model itself, adapters off."""
+    if config.trained == "lora":
+        with adapters_off(model):
+            yield model
+    else:
+        yield load_decoder(config.init_from).to(device)
 
 
 def store_frozen_projections(model: Decoder, dtype: torch.dtype) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.layouts import END_OF_TEXT
-from dataloader import epoch_order
 from models.tokenizer import get_tokenizer
+from runtime.batching import epoch_order
 from tasks.sources import Record, label_text, read_records, show_row
 
 SPLITS = ("train", "test", "unsupervised")  # those of stanfordnlp/imdb on the hub

@@ -5,20 +5,31 @@
 and `finished.json` says that the run is complete.
 """
 
+import hashlib
 import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from checkpoints.files import TEMPORARY, local_path, read_json, write_json
+from checkpoints.files import (
+    TEMPORARY,
+    finite_float32,
+    local_path,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT, configure
+from lora import check_state
 from runtime.device import device_name, resolve_dtype
 from runtime.metrics import (
     METRICS_FILE,
@@ -30,12 +41,14 @@ from runtime.metrics import (
 from runtime.result_files import forget_checkpoint
 
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+REFERENCE_FILE = "reference.safetensors"  # of runs on preference pairs
 MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
 CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {  # facts of a run
     "base_sha256": "the base model", "data_sha256": "the data set",
     "tokenizer_sha256": "the tokenizer",
+    "reference_sha256": "the file of the reference model's log-probabilities",
 }
 FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
 # These change what a run reports, not what it computes.
@@ -134,6 +147,20 @@ def changed_settings(
         if name not in FREE_SETTINGS and name not in ignore and saved[name] != value
         and not (name in PATHS and Path(str(saved[name])).absolute() == Path(value).absolute())
     )
+
+
+def resumed_settings(config: Config, may_change: Collection[str]) -> Config:
+    """Return the settings of the run in `out_dir` with the command line's.
+
+    Raises ValueError for one that is not among those that `may_change`.
+    """
+    saved = read_run(config.out_dir)
+    settings = {**saved.settings, **asdict(saved.config(type(config)))}  # unknown ones are refused
+    config = configure(type(config), defaults=settings | {"out_dir": config.out_dir})
+    config = replace(config, init_from=settings["init_from"])
+    if changed := changed_settings(settings, config, may_change):
+        raise ValueError(f"a resumed run keeps its settings, but {changed}")
+    return config
 
 
 def has_state(config: FolderConfig) -> bool:
@@ -245,15 +272,22 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def start_folder(config: FolderConfig, **facts: Any) -> None:
-    """Remove what an earlier run wrote to `out_dir`, and write the settings of the new one."""
+def start_folder(
+    config: FolderConfig, reference: Mapping[str, Tensor] | None = None, **facts: Any
+) -> None:
+    """Remove what an earlier run wrote to `out_dir`, and write the settings of the new one.
+
+    `reference` holds the log-probabilities (n, 2) of n preference pairs by split, if it has any.
+    """
     folder = Path(config.out_dir)
     # The state goes first: without it, nobody can resume from a folder that is half removed.
-    for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, PLOT_FILE):
+    for name in (STATE_FILE, FINISHED_FILE, METRICS_FILE, PLOT_FILE, REFERENCE_FILE):
         (folder / name).unlink(missing_ok=True)
     forget_checkpoint(folder / "base", weights=())
     for name in ("best", "last"):
         forget_checkpoint(folder / name)
+    if reference:
+        write_tensors(folder / REFERENCE_FILE, reference)
     _write_run(config, facts | {"commit": git_commit()})
 
 
@@ -272,6 +306,24 @@ def continue_folder(
 def _write_run(config: FolderConfig, facts: Mapping[str, Any]) -> None:
     write_json(Path(config.out_dir, CONFIG_FILE),
                {"settings": asdict(config), **facts})  # type: ignore[call-overload]
+
+
+def read_reference(folder: Path, pairs: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the log-probabilities (n, 2) of n pairs by split, which `start_folder` wrote.
+
+    Raises ValueError if the file is damaged or has other pairs, OSError if it is missing.
+    """
+    path = folder / REFERENCE_FILE
+    found = {name: finite_float32(t, f"{path}: {name}") for name, t in read_tensors(path).items()}
+    expected = {split: torch.empty(number, 2, device="meta") for split, number in pairs.items()}
+    check_state(expected, found, str(path))
+    return found
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the values of float32 `tensors`, in the order of their names."""
+    ordered = (tensors[name].contiguous() for name in sorted(tensors))
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in ordered)).hexdigest()
 
 
 def git_commit() -> str | None:

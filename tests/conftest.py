@@ -79,6 +79,18 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of 24, 8 and 8 pairs with answers of many lengths, some of them cut off."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, number in (("train", 24), ("validation", 8), ("test", 8)):
+        lines = [{"prompt": f"{split} film {i} is", "chosen": " witty" * (1 + i % 4) + ".",
+                  "rejected": " dull" * (1 + i % 3), "rejected_ended": i % 2 == 0}
+                 for i in range(number)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def imdb(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in the schema of stanfordnlp/imdb: 400 reviews of five sentences."""
     folder, rng = tmp_path_factory.mktemp("imdb"), random.Random(0)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from dataloader import PROMPTS, CustomDataLoader, SentimentTask
+from dataloader import CustomDataLoader
 from generate import ModelSampler
 from model import GPT, GPTConfig
 from tasks.python_code import PythonCodesTask
 from tasks.scores import Prediction
+from tasks.sentiment import PROMPTS, SentimentTask
 
 TINY = GPTConfig(block_size=64, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
 END, POSITIVE, NEGATIVE = 50256, 3967, 4633

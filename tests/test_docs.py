@@ -21,6 +21,7 @@ from experiments.dataset_analysis import AnalysisConfig
 from experiments.plan import ExperimentsConfig
 from generate import GenerateConfig
 from lora import LoRALinear
+from preferences.plan import PreferencesConfig
 from pretraining.__main__ import PretrainConfig
 from train import TrainConfig
 
@@ -39,10 +40,10 @@ CONFIGS = {
     "train.py": TrainConfig, "generate.py": GenerateConfig, "-m bench": BenchConfig,
     "-m experiments": ExperimentsConfig, "-m experiments.dataset_analysis": AnalysisConfig,
     "-m experiments.anatomy": AnatomyConfig,
-    "-m pretraining": PretrainConfig,
+    "-m pretraining": PretrainConfig, "-m preferences": PreferencesConfig,
 }
 COMMAND = re.compile(r"(?:python|torchrun)(?: --\S+)* "
-                     r"(train\.py|generate\.py|-m (?:bench|experiments|pretraining)[\w.]*)"
+                     r"(train\.py|generate\.py|-m (?:bench|experiments|pretraining|preferences)[\w.]*)"
                      r"((?: [^`\n|]*)?)")
 
 
@@ -88,7 +89,7 @@ def test_documentation_has_commands_to_check() -> None:
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_every_preset_parses_and_has_an_out_dir_of_its_own(preset: Path) -> None:
-    kinds = {"pretrain": PretrainConfig, "experiments": ExperimentsConfig}
+    kinds = {"pretrain": PretrainConfig, "experiments": ExperimentsConfig, "dpo": PreferencesConfig}
     cls = kinds.get(preset.stem.split("_")[0], TrainConfig)
     assert configure(cls, [str(preset)]).out_dir == f"out/{preset.stem}"
 

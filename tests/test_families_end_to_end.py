@@ -15,11 +15,12 @@ import experiments.dataset_analysis as dataset_analysis
 import generate
 import train as training
 from checkpoints.files import read_json, read_tensors, write_json
-from dataloader import make_loader, make_task
+from dataloader import make_loader
 from experiments.plan import ExperimentsConfig, plan
 from generate import GenerateConfig
 from models.families import load_decoder
 from models.tokenizer import load_tokenizer
+from tasks.registry import make_task
 from train import TrainConfig, train
 
 WEIGHTS = ["adapter_model.safetensors", "model.safetensors"]

@@ -127,14 +127,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def killer(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: str, reviews: str, imdb: str
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: str, reviews: str, imdb: str, pairs: str
 ) -> Iterator[Killer]:
     """Works in a folder of somebody's files, and changes neither these nor its inputs."""
     foreign = tmp_path_factory.mktemp("foreign")
     for name in ("config.json", "base/thesis.txt", "best/model.safetensors", "out/metrics.jsonl"):
         (foreign / name).parent.mkdir(parents=True, exist_ok=True)
         (foreign / name).write_text(name)
-    places = [foreign, *map(Path, (checkpoint, reviews, imdb))]
+    places = [foreign, *map(Path, (checkpoint, reviews, imdb, pairs))]
     before = [contents(place) for place in places]
     killer = Killer(foreign)
     yield killer
@@ -249,11 +249,11 @@ def small(config: TrainConfig) -> TrainConfig:
     return replace(config, dropout=0.1)
 
 
-KINDS = ("lora", "full", "extension", "two processes", "pretraining", "experiment")
+KINDS = ("lora", "full", "extension", "two processes", "pretraining", "experiment", "preferences")
 
 
 def scenarios(
-    kind: str, config: TrainConfig, imdb: str, killer: Killer, folder: Path
+    kind: str, config: TrainConfig, imdb: str, pairs: str, killer: Killer, folder: Path
 ) -> Callable[[Path], Scenario]:
     match kind:
         case "full":
@@ -264,25 +264,30 @@ def scenarios(
             return training(replace(config, max_iters=6), processes=2)
         case "pretraining":
             return pretraining_run(imdb)
+        case "preferences":
+            return training(replace(config, task="preferences", dataset=pairs, max_iters=6))
         case "experiment":
             return experiment(replace(config, max_iters=4))
     return training(config)
 
 
 @pytest.mark.parametrize(("kind", "kills"), [  # experiments take long: they are in the long form
-    ("lora", 2), ("full", 2), ("extension", 2), ("two processes", 1), ("pretraining", 2)])
+    ("lora", 2), ("full", 2), ("extension", 2), ("two processes", 1), ("pretraining", 2),
+    ("preferences", 2)])
 def test_killed_runs_end_like_the_others(
-    kind: str, kills: int, small: TrainConfig, imdb: str, killer: Killer, tmp_path: Path
+    kind: str, kills: int, small: TrainConfig, imdb: str, pairs: str, killer: Killer,
+    tmp_path: Path,
 ) -> None:
-    make = scenarios(kind, small, imdb, killer, tmp_path)
+    make = scenarios(kind, small, imdb, pairs, killer, tmp_path)
     survive(make, tmp_path, killer, kills, seed=KINDS.index(kind))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("kind", "kills"), list(zip(KINDS, (50, 50, 40, 20, 25, 15), strict=True)))
+    ("kind", "kills"), list(zip(KINDS, (50, 50, 40, 20, 25, 15, 40), strict=True)))
 def test_two_hundred_killed_runs_end_like_the_others(
-    kind: str, kills: int, small: TrainConfig, imdb: str, killer: Killer, tmp_path: Path
+    kind: str, kills: int, small: TrainConfig, imdb: str, pairs: str, killer: Killer,
+    tmp_path: Path,
 ) -> None:
-    make = scenarios(kind, small, imdb, killer, tmp_path)
+    make = scenarios(kind, small, imdb, pairs, killer, tmp_path)
     survive(make, tmp_path, killer, kills, seed=11 + KINDS.index(kind))

@@ -13,7 +13,7 @@ import generate
 from checkpoints.files import read_json, write_json
 from checkpoints.peft_format import save_adapter
 from configurator import configure, run_script
-from dataloader import SentimentTask, make_loader
+from dataloader import make_loader
 from generate import (
     GenerateConfig,
     ModelSampler,
@@ -28,6 +28,7 @@ from methods.build import build_model, load_checkpoint
 from model import GPT
 from runtime.result_files import spare_results
 from tasks.scores import Prediction, fields, summarize
+from tasks.sentiment import SentimentTask
 
 CPU = torch.device("cpu")
 SETTINGS = ModelSettings(

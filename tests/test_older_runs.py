@@ -18,7 +18,8 @@ import train
 from checkpoints.files import read_json, read_tensors, write_json
 from checkpoints.trainer_state import STATE_FILE, read_state, write_state
 from configurator import configure, run_script
-from experiments.__main__ import make_job, plan_jobs
+from experiments.__main__ import plan_jobs
+from experiments.jobs import make_job
 from experiments.plan import ExperimentsConfig, plan
 from generate import GenerateConfig
 from runtime.device import describe

@@ -14,8 +14,9 @@ from made_models import GPT2_PROMPTS
 
 from checkpoints.files import slug
 from configurator import Bounds, configure
-from dataloader import ANSWER_ROOM, CustomDataLoader, SentimentTask
+from dataloader import ANSWER_ROOM, CustomDataLoader
 from models.tokenizer import get_tokenizer
+from tasks.sentiment import SentimentTask
 
 many = settings(max_examples=300, deadline=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 import train as training
 from checkpoints.trainer_state import read_state
-from dataloader import SentimentTask, make_loader
+from dataloader import make_loader
 from methods.build import load_checkpoint
 from model import GPT
 from runtime import run_folder
 from runtime.metrics import read_metrics
-from train import Run, TrainConfig, resumed, train, validation_loss
+from runtime.run_folder import resumed_settings
+from tasks.sentiment import SentimentTask
+from train import MAY_CHANGE, Run, TrainConfig, train, validate
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -65,9 +67,8 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(config: TrainConfi
     for name, expected in (("best", min(validated.values())), ("last", validated[8])):
         model = load_checkpoint(folder / name, config, CPU, torch.float32)
         loader = make_loader(config, model.config)
-        found = validation_loss(model, loader.batches(loader.records("validation"), 64),
-                                torch.float32)
-        assert found == pytest.approx(expected, abs=1e-6)
+        found = validate(model, loader.batches(loader.records("validation"), 64), torch.float32)
+        assert found["loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_best_and_last_of_one_validation_are_scored_once(
@@ -110,7 +111,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     train(parts)
     argv = ["train.py", "init_from=resume", f"out_dir={parts.out_dir}", "max_iters=8"]
     monkeypatch.setattr(sys, "argv", argv)
-    train(resumed(replace(parts, init_from="resume")), resume=True)
+    train(resumed_settings(replace(parts, init_from="resume"), MAY_CHANGE), resume=True)
     weights = "model.safetensors" if rank == 0 else "adapter_model.safetensors"
     whole, resumed_weights = (
         Path(run.out_dir, "last", weights).read_bytes() for run in (config, parts))
@@ -125,7 +126,7 @@ def test_resume_refuses_changes_that_would_make_it_another_run(
     train(replace(config, max_iters=1))
     monkeypatch.setattr(sys, "argv", ["train.py", "init_from=resume", "lr=1", "log_interval=5"])
     with pytest.raises(ValueError, match=r"keeps its settings, but learning_rate=0.01, now 1.0$"):
-        resumed(replace(config, init_from="resume"))
+        resumed_settings(replace(config, init_from="resume"), MAY_CHANGE)
 
 
 def test_damaged_trainer_state_is_refused(config: TrainConfig) -> None:
@@ -287,7 +288,7 @@ def test_run_of_another_version_is_refused_by_name(config: TrainConfig) -> None:
     described["settings"]["forgotten"] = 1
     path.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="saved by another version: unknown forgotten"):
-        resumed(replace(config, init_from="resume"))
+        resumed_settings(replace(config, init_from="resume"), MAY_CHANGE)
 
 
 def test_same_settings_run_again_with_the_same_result(config: TrainConfig) -> None:

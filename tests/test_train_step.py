@@ -13,7 +13,7 @@ from methods.build import build_model
 from model import GPT, IGNORE
 from runtime.kv_cache import SharedPrefix
 from runtime.optimizer import configure_optimizer
-from train import TrainConfig, train_step, validation_loss
+from train import TrainConfig, train_step, validate
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -38,7 +38,7 @@ def test_one_by_eight_equals_four_by_two(config: TrainConfig, rank: int) -> None
         trained = [p for p in model.parameters() if p.requires_grad]
         window = make_loader(config, model.config).window(2, 8, batch_size)
         optimizer = torch.optim.SGD(trained, lr=1.0)
-        losses.append(train_step(model, window, optimizer, NO_SCALER, 0.0, torch.float32))
+        losses.append(train_step(model, window, optimizer, NO_SCALER, 0.0, torch.float32)["loss"])
         states.append(model.state_dict())
     for state, loss in zip(states[1:], losses[1:], strict=True):
         torch.testing.assert_close(state, states[0], rtol=1e-5, atol=1e-5)
@@ -142,8 +142,8 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(config: TrainConfig)
               for batch in loader.batches(records, 1)]
     expected = float(torch.stack(singly).mean())  # each review supervises two tokens
     for batch_size in (1, 5, 12):
-        found = validation_loss(model, loader.batches(records, batch_size), torch.float32)
-        assert found == pytest.approx(expected, abs=1e-5)
+        found = validate(model, loader.batches(records, batch_size), torch.float32)
+        assert found == {"loss": pytest.approx(expected, abs=1e-5)}
     assert model.training
 
 
@@ -159,6 +159,6 @@ def test_compiled_blocks_train_like_the_plain_ones(config: TrainConfig, backend:
                 block.compile(dynamic=True, backend=backend)
         optimizer, loader = configure_optimizer(model, config), make_loader(config, model.config)
         losses.append([train_step(model, loader.window(i, 8, 4), optimizer, NO_SCALER, 1.0,
-                                  torch.float32) for i in range(3)])
+                                  torch.float32)["loss"] for i in range(3)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[0][2] != pytest.approx(losses[0][0], abs=1e-4)

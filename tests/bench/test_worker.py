@@ -18,11 +18,12 @@ from bench.worker import (
     spread,
     stored_checkpoint,
 )
-from dataloader import SentimentTask, make_loader
+from dataloader import make_loader
 from generate import ModelSampler
 from model import GPT
 from models.families import load_decoder
 from models.tokenizer import get_tokenizer
+from tasks.sentiment import SentimentTask
 from train import TrainConfig
 
 

@@ -10,10 +10,10 @@ from made_tokenizers import byte_level, make_llama
 
 from checkpoints.files import write_json
 from configurator import configure
-from dataloader import TASKS
 from experiments.__main__ import check, plan_jobs
 from experiments.plan import FACTORS, PEAKS, SHOTS, ExperimentsConfig, plan
 from tasks.base import ClassificationTask, Task
+from tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ExperimentsConfig()

@@ -5,9 +5,9 @@ from pathlib import Path
 from made_runs import make_run
 
 from checkpoints.files import read_json, write_json
-from dataloader import resolve_dataset
 from experiments.finished_runs import load_run
 from experiments.results import mean_and_deviation
+from tasks.registry import resolve_dataset
 from train import TrainConfig
 
 

@@ -9,7 +9,6 @@ import pytest
 from made_runs import cells, missing
 
 from checkpoints.files import write_json
-from dataloader import resolve_dataset
 from experiments.jobs import Job
 from experiments.plan import ExperimentsConfig
 from experiments.report import write_report
@@ -18,6 +17,7 @@ from experiments.text_sections import EXAMPLES, examples, metrics_table, preform
 from runtime.run_folder import FINISHED_FILE
 from tasks.code_scores import METRICS, summarize
 from tasks.python_code import PythonCodesTask
+from tasks.registry import resolve_dataset
 from tasks.scores import Metric, TextPrediction
 from train import TrainConfig
 

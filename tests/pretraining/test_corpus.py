@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from checkpoints.layouts import END_OF_TEXT
-from dataloader import PROMPTS
 from models.tokenizer import get_tokenizer
 from pretraining.corpus import (
     VERDICTS,
@@ -21,6 +20,7 @@ from pretraining.corpus import (
     spaced,
     tokenize,
 )
+from tasks.sentiment import PROMPTS
 
 REVIEW = "A dull film. " + "It never ends, and nobody in it seems to care. " * 6 + "Skip it!"
 

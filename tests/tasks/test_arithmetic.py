@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from dataloader import make_task
 from tasks.arithmetic import ArithmeticTask, read_number
+from tasks.registry import make_task
 from tasks.scores import Completion
 from tasks.sources import read_records
 
@@ -45,7 +45,7 @@ def test_last_number_of_the_first_line_with_one_counts(answer: str, number: floa
 def test_accuracy_counts_numbers_that_are_right() -> None:
     task = make_task("arithmetic")
     rows = [{"text": "a", "answer": answer} for answer in (3, "1,000", 5)]
-    said = [task.judge(Completion(text, 1, True, [], 0.0, 0)) for text in (" 3.0", "1000", "five")]
+    said = [task.judge(Completion(text, 1, True, [])) for text in (" 3.0", "1000", "five")]
     results = task.summarize(rows, said)
     assert (results["accuracy"], results["numbers"], results["n"]) == (2 / 3, 2 / 3, 3)
     assert task.describe(results) == (

@@ -15,7 +15,7 @@ from made_models import loader_of, read_lines
 import generate
 from checkpoints.files import read_json
 from configurator import configure
-from dataloader import TASKS, CustomDataLoader, make_task, resolve_dataset
+from dataloader import CustomDataLoader
 from experiments.__main__ import check
 from experiments.jobs import Job
 from experiments.plan import ExperimentsConfig, plan
@@ -28,6 +28,7 @@ from runtime.metrics import read_metrics
 from runtime.run_folder import is_finished
 from tasks.base import ClassificationTask, Task
 from tasks.python_code import PythonCodesTask
+from tasks.registry import TASKS, make_task, resolve_dataset
 from tasks.scores import Completion, Metric
 from tasks.sources import Record, read_records
 from train import Run, TrainConfig, train
@@ -156,7 +157,7 @@ def test_example_in_the_docstring_of_task_is_a_task() -> None:
     task, record = names["SummaryTask"](), {"text": "a long text", "summary": "text"}
     assert task.prompt(record) + task.answer(record) == (
         "Summarize.\nText: a long text\nSummary: text")
-    predictions = [task.judge(Completion(text, 1, True, [], 0.0, 0)) for text in ("abc", "defgh")]
+    predictions = [task.judge(Completion(text, 1, True, [])) for text in ("abc", "defgh")]
     results = task.summarize([record, record], predictions)
     assert task.describe(results) == "letters 4"
     assert task.row(record) == {"text": "a long text", "reference": "text"}

@@ -9,7 +9,7 @@ import torch
 from made_models import close, make_sampler
 from made_tokenizers import sentence_piece
 
-from dataloader import CustomDataLoader, SentimentTask, make_loader
+from dataloader import CustomDataLoader, make_loader
 from generate import GenerateConfig, ModelSampler, Question, main
 from model import GPT
 from models.families import load_decoder
@@ -17,6 +17,7 @@ from models.hub_tokenizer import HubTokenizer
 from models.tokenizer import get_tokenizer, load_tokenizer
 from tasks.demonstrations import Demonstrations, ShotsConfig, draw
 from tasks.python_code import PythonCodesTask
+from tasks.sentiment import SentimentTask
 
 RECORDS = [{"text": f"film {i}", "label": int(i % 3 == 0)} for i in range(60)]
 

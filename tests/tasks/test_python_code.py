@@ -312,7 +312,7 @@ def test_line_and_table_show_every_score() -> None:
 
 def test_prediction_keeps_the_completion_and_the_report_strips_its_fences() -> None:
     task = PythonCodesTask()
-    completion = Completion("```python\nx = 1\n```", 7, True, [], 2.0, 4)
+    completion = Completion("```python\nx = 1\n```", 7, True, [], [(2.0, 4)])
     assert task.judge(completion) == TextPrediction(completion.text, 7, True, 2.0, 4)
     assert task.display(completion.text) == "x = 1"
 

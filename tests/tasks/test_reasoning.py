@@ -7,10 +7,10 @@ import pytest
 import torch
 from made_models import make_sampler, noisy, read_lines
 
-from dataloader import SentimentTask
 from generate import GenerateConfig, main
 from model import GPT, GPTConfig
 from tasks.reasoning import Reasoning, WorkedExample, reasoned_prompts
+from tasks.sentiment import SentimentTask
 from train import Run, TrainConfig
 
 

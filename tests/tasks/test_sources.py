@@ -15,8 +15,9 @@ from made_files import ROWS, write_split
 from pyarrow import parquet
 
 from checkpoints.files import packaged_file
-from dataloader import CustomDataLoader, SentimentTask
+from dataloader import CustomDataLoader
 from tasks import sources
+from tasks.sentiment import SentimentTask
 from tasks.sources import HUB, data_digest, read_records, read_rows
 
 ROOT = Path(__file__).parents[2]

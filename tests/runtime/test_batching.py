@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dataloader import common_prefix, equal_parts
+from runtime.batching import common_prefix, equal_parts
 
 
 @pytest.mark.parametrize(

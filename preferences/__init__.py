@@ -1,0 +1,1 @@
+"""The controlled sentiment experiment of the DPO paper: pairs, training, the frontier."""
