@@ -135,9 +135,8 @@ class CustomDataLoader:
         share_prefix: bool = True, tokenizer: Tokenizer | None = None, balanced: bool = False,
     ) -> None:
         self.dataset, self.data_sha256 = dataset, data_digest(dataset)
-        self.task, self.block_size = task, block_size
+        self.task, self.block_size, self.balanced = task, block_size, balanced
         self.train_size, self.seed, self.share_prefix = train_size, seed, share_prefix
-        self.balanced = balanced
         self.tokenizer = task.tokenizer = tokenizer or get_tokenizer()  # GPT-2's
         self.demonstrations = Demonstrations(task, self.tokenizer)  # none
         self.objective: PreferenceConfig | None = None  # of pairs
@@ -237,12 +236,15 @@ class CustomDataLoader:
         examples = [self.encode(record, i) for record in records for i in range(number)]
         prefix = self.prefix([example.prompt for example in examples])
         past = model.prefill(torch.tensor([prefix], device=model.device).long())
-        found = torch.empty(len(examples))
-        parts = by_length([example.length for example in examples], batch_size)
-        for rows in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
-            batch = collate([examples[i] for i in rows], prefix).to(model.device)
-            found[rows] = -batch.log_probs(model, past).cpu()
-        nats = [*zip(found.tolist(), (len(example.answer) for example in examples), strict=True)]
+        keys = [(*example.prompt, None, *example.answer) for example in examples]
+        unique = dict(zip(keys, examples, strict=True))  # pairs share their answers
+        found, rows = torch.empty(len(unique)), list(unique.values())
+        parts = by_length([example.length for example in rows], batch_size)
+        for part in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
+            batch = collate([rows[i] for i in part], prefix).to(model.device)
+            found[part] = -batch.log_probs(model, past).cpu()
+        known = dict(zip(unique, found.tolist(), strict=True))
+        nats = [(known[key], len(row.answer)) for key, row in zip(keys, examples, strict=True)]
         return [nats[i : i + number] for i in range(0, len(nats), number or 1)]
 
     @property

@@ -10,7 +10,6 @@ crash. The report lists the runs that failed with their errors.
 """
 
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import run_script
-from experiments.jobs import AGAIN, Job, make_job, run_jobs
+from experiments.jobs import AGAIN, Job, make_job, run_jobs, treat_as_ctrl_c
 from experiments.plan import ExperimentsConfig, Variant, plan
 from experiments.report import check_folder, write_report
 from experiments.results import Row
@@ -176,13 +175,6 @@ def report(
     path = write_report(rows, config, command, asked)
     print(f"written: {path}")
     return path
-
-
-def treat_as_ctrl_c(*names: str) -> None:
-    """Let signals stop the runs as Ctrl-C does, unless they are ignored, as with nohup."""
-    for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
 
 
 def main(config: ExperimentsConfig) -> None:

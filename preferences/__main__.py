@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoints.files import read_json, write_json
 from configurator import run_script
-from experiments.jobs import Job, run_jobs
+from experiments.jobs import Job, run_jobs, treat_as_ctrl_c
 from generate import GenerateConfig, Subject, load_subject
 from preferences.evaluation import add_held_out, evaluate
 from preferences.pairs import Row, rank, rewarded_samples, write_rows
@@ -51,13 +51,18 @@ def load_judges(config: PreferencesConfig) -> Judges:
     return Judges(found[0], found[1] if len(found) > 1 else None)
 
 
+def weights_digest(folder: str | Path) -> str:
+    """Return the SHA-256 of the weights of a run's best checkpoint."""
+    weights = sorted(Path(folder, "best").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, weights))).hexdigest()
+
+
 def keep_apart(config: PreferencesConfig) -> None:
     """Note in `out_dir` what the samples depend on; refuse a folder that holds others."""
     about: dict[str, Any] = {name: asdict(config)[name] for name in DRAWING}
     for name in ("reward_model", "held_out_reward_model"):
         if folder := getattr(config, name):
-            weights = sorted(Path(folder, "best").glob("*.safetensors"))
-            about[name] = hashlib.sha256(b"".join(map(Path.read_bytes, weights))).hexdigest()
+            about[name] = weights_digest(folder)
     path = Path(config.out_dir, ABOUT)
     if not path.is_file():
         if path.parent.is_dir() and any(path.parent.iterdir()):
@@ -121,13 +126,15 @@ def judge_all(
 
     found = {"base": [judged(base, "base")]}
     for policy in policies:
-        found[policy.label] = [judged(load_policy(config, job), job.folder.name)
-                               for job in policy.jobs]
+        found[policy.label] = [
+            judged(load_policy(config, job), f"{job.name}-{weights_digest(job.folder):.12}")
+            for job in policy.jobs]
     return found
 
 
 def main(config: PreferencesConfig) -> None:
     set_up_memory()
+    treat_as_ctrl_c("SIGTERM", "SIGHUP")
     check(config)
     check_folder(Path(config.report_dir))  # now, not after hours
     judges = load_judges(config)

@@ -43,7 +43,8 @@ CONFIGS = {
     "-m pretraining": PretrainConfig, "-m preferences": PreferencesConfig,
 }
 COMMAND = re.compile(r"(?:python|torchrun)(?: --\S+)* "
-                     r"(train\.py|generate\.py|-m (?:bench|experiments|pretraining|preferences)[\w.]*)"
+                     r"(train\.py|generate\.py"
+                     r"|-m (?:bench|experiments|pretraining|preferences)[\w.]*)"
                      r"((?: [^`\n|]*)?)")
 
 
