@@ -155,8 +155,8 @@ def _read_messages(prompt: Any, answers: Sequence[list], where: str) -> Record:
     if isinstance(before, str):
         before = [{"role": "user", "content": before}]
     last = [answer[-1:] for answer in answers]
-    if not all(map(_is_message, [*before, *last[0], *last[1]])) or not (
-            before and last[0] and last[1]):
+    whole = isinstance(before, list) and bool(before and last[0] and last[1])
+    if not whole or not all(map(_is_message, [*before, *last[0], *last[1]])):
         raise ValueError(f"{where} needs messages with role and content, the last one an answer")
     if prompt is None and answers[1][:-1] != before:
         raise ValueError(f"{where} needs two conversations that differ in the last message alone")

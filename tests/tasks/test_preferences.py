@@ -57,6 +57,7 @@ def test_chat_prompt_is_the_text_without_the_marks_of_the_speakers() -> None:
     ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "here needs messages"),
     ({"prompt": [USER], "chosen": ["x"], "rejected": [BAD]}, "here needs messages"),
     ({"chosen": [GOOD], "rejected": [BAD]}, "here needs messages"),
+    ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "here needs messages"),
     ({"chosen": [USER, GOOD], "rejected": [GOOD, BAD]}, "here needs two conversations"),
     ({"prompt": "x", "chosen": "y", "rejected": "z", "chosen_ended": 1}, "must be true or false"),
     ({"prompt": "x", "chosen": "", "rejected": "z", "chosen_ended": False}, "here has an empty"),
