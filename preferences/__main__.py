@@ -12,9 +12,10 @@ is finished is kept: repeat the same command after Ctrl-C or a crash.
 import hashlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from generate import GenerateConfig, Subject, load_subject
 from preferences.evaluation import add_held_out, evaluate
 from preferences.pairs import Row, rank, rewarded_samples, write_rows
 from preferences.plan import PAIRS, Policy, PreferencesConfig, check, plan
-from preferences.prompts import draw_prompts, read_texts
+from preferences.prompts import LONGEST, draw_prompts, read_texts
 from preferences.report import check_folder, write_report
 from preferences.rewards import RewardModel
 from runtime.device import set_up_memory
@@ -82,15 +83,25 @@ def load_policy(config: PreferencesConfig, job: Job | None = None) -> Subject:
     return load_subject(GenerateConfig(**source, device=config.device, dtype=config.dtype))
 
 
-def make_pairs(config: PreferencesConfig, base: Subject, judges: Judges) -> list[Row]:
-    """Write the data set of pairs; return the base's samples of the held-out prompts."""
+def draw_all_prompts(config: PreferencesConfig, base: Subject) -> dict[str, list[str]]:
+    """Return the beginnings of each split; all are different."""
     numbers = {"train": config.train_prompts, "validation": config.validation_prompts,
                "test": config.test_prompts}
-    prompts = draw_prompts(
-        read_texts(config.data), base.tokenizer, sum(numbers.values()), config.seed)
+    room = min(config.block_size or base.model.config.block_size, base.model.config.block_size)
+    if config.response_tokens + LONGEST + 1 > room:
+        raise ValueError(f"response_tokens={config.response_tokens}: with a beginning of {LONGEST} "
+                         f"tokens and an end-of-text at most {room - LONGEST - 1} fit")
+    drawn = iter(draw_prompts(
+        read_texts(config.data), base.tokenizer, sum(numbers.values()), config.seed))
+    return {split: list(islice(drawn, number)) for split, number in numbers.items()}
+
+
+def make_pairs(
+    config: PreferencesConfig, base: Subject, judges: Judges, prompts: Mapping[str, list[str]]
+) -> list[Row]:
+    """Write the data set of pairs; return the base's samples of the held-out prompts."""
     folder, rows = Path(config.out_dir), []
-    for split, number in numbers.items():
-        own, prompts = prompts[:number], prompts[number:]
+    for split, own in prompts.items():
         each = max(config.samples, config.best_of) if split == "test" else config.samples
         rows = rewarded_samples(
             base, judges.reward, own, each, config.response_tokens, config.eval_batch_size,
@@ -137,13 +148,13 @@ def main(config: PreferencesConfig) -> None:
     treat_as_ctrl_c("SIGTERM", "SIGHUP")
     check(config)
     check_folder(Path(config.report_dir))  # now, not after hours
+    base, policies = load_policy(config), plan(config)
+    prompts = draw_all_prompts(config, base)
     judges = load_judges(config)
     keep_apart(config)
-    base, policies = load_policy(config), plan(config)
-    drawn = make_pairs(config, base, judges)
+    drawn = make_pairs(config, base, judges, prompts)
     train_all([job for policy in policies for job in policy.jobs], config.jobs)
-    prompts = list(dict.fromkeys(row["prompt"] for row in drawn))
-    judged = judge_all(config, base, judges, policies, prompts)
+    judged = judge_all(config, base, judges, policies, prompts["test"])
     add_held_out(drawn, judges.held_out)
     command = shlex.join(["python", "-m", "preferences", *sys.argv[1:]])
     path = write_report(config, policies, judged, drawn, command)

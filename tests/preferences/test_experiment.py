@@ -83,6 +83,19 @@ def test_experiment_goes_from_texts_to_a_report_and_keeps_what_is_finished(
         main(replace(experiment, response_tokens=6))
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"response_tokens": 32}, "beginning of 8 tokens and an end-of-text at most 31 fit"),
+    ({"data": "nowhere"}, "data='nowhere' must be"), ({"reward_model": "nowhere"}, "holds no run"),
+    ({"train_prompts": 99}, "60 texts have"),
+])
+def test_nothing_is_written_before_all_is_found(
+    experiment: PreferencesConfig, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        main(replace(experiment, **changes))
+    assert not Path(experiment.out_dir).exists()
+
+
 def test_folder_of_other_files_is_refused(experiment: PreferencesConfig) -> None:
     path = Path(experiment.out_dir, "thesis.txt")
     path.parent.mkdir()
