@@ -80,7 +80,8 @@ def instructions(assigned: str) -> str:
     lines += [f"| {each.part} | `{each.name}` | `{each.file}` | {each.todo} |"
               for each in cuts_of(assigned)]
     total = sum(row.points for row in rows)
-    lines += ["", f"The tests give {total:g} points; some are hidden and not listed here.", "", "| part | test | points |",
+    lines += ["", f"The tests give {total:g} points; some are hidden and not listed here.", "",
+              "| part | test | points |",
               "|---|---|---|"]
     lines += [f"| {row.part} | {row.title} | {row.points:g} |" for row in rows if row.visible]
     lines += ["", "```", "pip install -r requirements.txt",
