@@ -1,6 +1,8 @@
 """Make the teacher's side of the homework from the solution.
 
 python -m teaching starter out_dir=handout            what students get
+python -m teaching autograder out_dir=autograder      the zip that Gradescope runs
+python -m teaching grade SUBMISSION                   the same tests at home, on a folder or zip
 """
 
 import sys
@@ -9,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from checkpoints.files import local_path
-from configurator import configure, run_script
+from checkpoints.files import local_path, writable_folder
+from configurator import Bounds, configure, run_script
+from teaching.autograder import write_autograder
+from teaching.grading import RESULTS, grade_path, show
 from teaching.parts import FIRST, chosen_parts
+from teaching.sandbox import Limits
 from teaching.starter import write_starter
 
 
@@ -31,10 +36,41 @@ class StarterConfig(AssignConfig):
     out_dir: Annotated[str, "a new folder for the handout", local_path] = "handout"
 
 
+@dataclass(frozen=True)
+class AutograderConfig(AssignConfig):
+    """Settings of `python -m teaching autograder`."""
+
+    out_dir: Annotated[str, "folder of autograder.zip", local_path] = "autograder"
+
+
+@dataclass(frozen=True)
+class GradeConfig(AssignConfig):
+    """Settings of `python -m teaching grade`."""
+
+    submission: Annotated[str, "folder or zip to grade", local_path] = "submission"
+    out_dir: Annotated[str, "folder of results.json", local_path] = "out/grade"
+    seconds: Annotated[float, "longest time of a test", Bounds(0.1)] = Limits().seconds
+    total_seconds: Annotated[
+        float, "longest time of a submission", Bounds(0.1)] = Limits().total_seconds
+    memory_mib: Annotated[
+        int, "memory of a submission beside torch's own", Bounds(64)] = Limits().memory_mib
+
+
 def starter(config: StarterConfig) -> None:
     cuts = write_starter(Path(config.out_dir), config.assign)
     print(f"written: {config.out_dir}, {len(cuts)} bodies to write in "
           f"{len({cut.file for cut in cuts})} files")
+
+
+def autograder(config: AutograderConfig) -> None:
+    print(f"written: {write_autograder(Path(config.out_dir), config.assign)}")
+
+
+def grade(config: GradeConfig) -> None:
+    limits = Limits(config.seconds, config.total_seconds, config.memory_mib)
+    out = writable_folder(Path(config.out_dir))
+    print(show(grade_path(Path(config.submission), config.assign, limits, out)))
+    print(f"written: {out / RESULTS}")
 
 
 class Command(NamedTuple):
@@ -45,7 +81,11 @@ class Command(NamedTuple):
     bare: str = ""
 
 
-COMMANDS = {"starter": Command(starter, StarterConfig)}
+COMMANDS = {
+    "starter": Command(starter, StarterConfig),
+    "autograder": Command(autograder, AutograderConfig),
+    "grade": Command(grade, GradeConfig, "submission"),
+}
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, list[str]]:

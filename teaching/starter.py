@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoints.files import atomic_write, writable_folder
@@ -36,10 +36,10 @@ def imported(source: str) -> Iterator[str]:
         yield from (file for file in map(module_file, names) if file)
 
 
-def needed_files() -> list[str]:
-    """Return the Python files that the commands of the handout import, directly or not."""
+def needed_files(starts: Sequence[str] = STARTS) -> list[str]:
+    """Return the Python files that `starts`, the handout's commands, import, directly or not."""
     found: set[str] = set()
-    waiting = list(STARTS)
+    waiting = list(starts)
     while waiting:
         file = waiting.pop()
         if file not in found:
