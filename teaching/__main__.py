@@ -3,6 +3,7 @@
 python -m teaching starter out_dir=handout            what students get
 python -m teaching autograder out_dir=autograder      the zip that Gradescope runs
 python -m teaching grade SUBMISSION                   the same tests at home, on a folder or zip
+python -m teaching report OUT                         a report's skeleton, with a student's runs
 """
 
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from checkpoints.files import local_path, writable_folder
 from configurator import Bounds, configure, run_script
 from teaching.autograder import write_autograder
+from teaching.course_report import write_course_report
 from teaching.grading import RESULTS, grade_path, show
 from teaching.parts import FIRST, chosen_parts
 from teaching.sandbox import Limits
@@ -56,6 +58,14 @@ class GradeConfig(AssignConfig):
         int, "memory of a submission beside torch's own", Bounds(64)] = Limits().memory_mib
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `python -m teaching report`."""
+
+    runs: Annotated[str, "folder of the student's runs", local_path] = "out"
+    out_dir: Annotated[str, "folder of report.md and its figures", local_path] = "course-report"
+
+
 def starter(config: StarterConfig) -> None:
     cuts = write_starter(Path(config.out_dir), config.assign)
     print(f"written: {config.out_dir}, {len(cuts)} bodies to write in "
@@ -73,6 +83,10 @@ def grade(config: GradeConfig) -> None:
     print(f"written: {out / RESULTS}")
 
 
+def report(config: ReportConfig) -> None:
+    print(f"written: {write_course_report(Path(config.runs), Path(config.out_dir))}")
+
+
 class Command(NamedTuple):
     """A job of this room: its function, its settings, and the setting of a bare word."""
 
@@ -85,6 +99,7 @@ COMMANDS = {
     "starter": Command(starter, StarterConfig),
     "autograder": Command(autograder, AutograderConfig),
     "grade": Command(grade, GradeConfig, "submission"),
+    "report": Command(report, ReportConfig, "runs"),
 }
 
 
