@@ -97,11 +97,14 @@ def zip_files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class Workshop:
-    """The handout, compiled once, over which each submission is laid."""
+    """The handout, or other `sources`, compiled once, over which each submission is laid."""
 
-    def __init__(self, assigned: str, folder: Path) -> None:
+    def __init__(
+        self, assigned: str, folder: Path, sources: Mapping[str, str] | None = None
+    ) -> None:
         self.names = [name for name, row in RUBRIC.items() if row.part in assigned.split(",")]
-        self.sources, self.compiled = handout_sources(assigned), {}
+        self.sources = dict(sources or handout_sources(assigned))
+        self.compiled: dict[str, Path] = {}
         for file, text in self.sources.items():
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from teaching.parts import CUTS, FIRST, SECOND, read_solution
 from teaching.probes import PROBES
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Limits, Sandbox
+from teaching.starter import needed_files
 
 ALL = ",".join(FIRST + SECOND)
 SOLUTION = {each.file: read_solution(each.file) for each in CUTS}
@@ -34,6 +35,13 @@ def bench() -> Iterator[Bench]:
         patch.setenv("WANDB_API_KEY", "secret-key")
         with open_workshop(ALL, LIMITS) as opened:
             yield opened
+
+
+@pytest.fixture(scope="module")
+def solved(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The solution in place of the handout: a submission is only what differs from it."""
+    sources = {file: read_solution(file) for file in needed_files()}
+    return Workshop(ALL, tmp_path_factory.mktemp("solved"), sources), bench[1]
 
 
 def lost(result: Grade) -> dict[str, float]:
@@ -54,7 +62,7 @@ def mutated(mutant: Mutant) -> dict[str, str]:
     for old, new in mutant.changes:
         assert source.count(old) == 1, f"{mutant.name}: {old}"
         source = source.replace(old, new)
-    return SOLUTION | {mutant.file: source}
+    return {mutant.file: source}
 
 
 def test_rubric_probes_and_checks_name_the_same_tests_and_give_25_points() -> None:
@@ -65,7 +73,9 @@ def test_rubric_probes_and_checks_name_the_same_tests_and_give_25_points() -> No
     assert {row.visible for row in RUBRIC.values()} == {True, False}
 
 
-def test_solution_gets_all_points_the_starter_none_and_each_mistake_its_own(bench: Bench) -> None:
+def test_solution_gets_all_points_the_starter_none_and_each_mistake_its_own(
+    bench: Bench, solved: Bench
+) -> None:
     solution = grade(*bench, SOLUTION)
     assert lost(solution) == {}, show(solution)
     assert solution.results["score"] == sum(row.points for row in RUBRIC.values())
@@ -76,7 +86,7 @@ def test_solution_gets_all_points_the_starter_none_and_each_mistake_its_own(benc
     assert len(MUTANTS) >= 25
     assert {mutant.test for mutant in MUTANTS} == RUBRIC.keys()
     for mutant in MUTANTS:
-        result = grade(*bench, mutated(mutant))
+        result = grade(*solved, mutated(mutant))
         assert lost(result).keys() == {mutant.test, *mutant.also}, f"{mutant.name}: {show(result)}"
         assert RUBRIC[mutant.test].look in said(result, mutant.test)
 
@@ -125,22 +135,22 @@ HOSTILE = {
 def hostile(body: str) -> dict[str, str]:
     name = "mark_only_lora_as_trainable"
     source = without_function(SOLUTION["lora.py"], name, f"def {name}(model):\n    {body}")
-    return SOLUTION | {"lora.py": source}
+    return {"lora.py": source}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_code_loses_its_test_alone_and_hears_why(bench: Bench, name: str) -> None:
+def test_hostile_code_loses_its_test_alone_and_hears_why(solved: Bench, name: str) -> None:
     body, message = HOSTILE[name]
-    result = grade(*bench, hostile(body))
+    result = grade(*solved, hostile(body))
     assert lost(result) == {"trainable": 2.0}, show(result)
     assert message in said(result, "trainable")
     assert len(said(result, "trainable").strip().splitlines()) == 1
 
 
-def test_what_python_does_not_see_the_kernel_refuses(bench: Bench) -> None:
+def test_what_python_does_not_see_the_kernel_refuses(solved: Bench) -> None:
     """The hook knows Python's calls alone; ctypes reaches the kernel without it."""
     source, target = (os.fsencode(ROOT / name) for name in ("lora.py", "teaching"))
-    result = grade(*bench, hostile(f"""import ctypes
+    result = grade(*solved, hostile(f"""import ctypes
     libc = ctypes.CDLL(None)
     seen = ctypes.create_string_buffer(100)
     count = libc.read(libc.open({source!r}, 0), seen, 100)
@@ -155,39 +165,39 @@ def test_what_python_does_not_see_the_kernel_refuses(bench: Bench) -> None:
     assert "The system ensured: no network" in result.results["output"]
 
 
-def test_code_that_hangs_or_fails_at_import_costs_its_own_tests(bench: Bench) -> None:
+def test_code_that_hangs_or_fails_at_import_costs_its_own_tests(solved: Bench) -> None:
     generate = read_solution("generate.py")
     for text, message in (("raise RuntimeError('no')\n", "importing generate fails: RuntimeError"),
                           ("while True: pass\n", "it takes longer than 4 s"),
                           ("def f(:\n", "importing generate fails: SyntaxError")):
-        result = grade(*bench, SOLUTION | {"generate.py": text + generate})
+        result = grade(*solved, {"generate.py": text + generate})
         assert lost(result) == {"labels": 2.0, "garbage": 1.0, "prompts": 1.0}
         assert all(message in said(result, name) for name in ("labels", "garbage", "prompts"))
 
 
-def test_no_process_is_left_behind(bench: Bench) -> None:
+def test_no_process_is_left_behind(solved: Bench) -> None:
     """A process that leaves its group, by the kernel's own call, ends with its submission."""
-    grade(*bench, hostile("""import ctypes, os
+    grade(*solved, hostile("""import ctypes, os
     libc = ctypes.CDLL(None)
     if libc.fork() == 0:
         libc.setsid()
         while True: pass"""))
-    left = [path for path in Path("/proc").glob("[0-9]*/environ") if running(path, bench)]
+    left = [path for path in Path("/proc").glob("[0-9]*/environ") if running(path, solved)]
     assert left == []
 
 
-def running(path: Path, bench: Bench) -> bool:
+def running(path: Path, solved: Bench) -> bool:
     """Tell whether a process, other than the worker, has the worker's environment."""
-    own = Path(f"/proc/{bench[1].process.pid}/environ")
+    own = Path(f"/proc/{solved[1].process.pid}/environ")
     try:
         return path != own and path.read_bytes() == own.read_bytes()
     except OSError:  # it has ended, or is another user's
         return False
 
 
-def test_secrets_of_the_environment_do_not_reach_a_submission(bench: Bench) -> None:
+def test_secrets_of_the_environment_do_not_reach_a_submission(solved: Bench) -> None:
     assert os.environ["WANDB_API_KEY"] == "secret-key"  # when the worker started
-    result = grade(*bench, hostile("import os; raise ValueError(sorted(os.environ.items()))"))
+    result = grade(*solved, hostile("import os; raise ValueError(sorted(os.environ.items()))"))
     assert "OMP_NUM_THREADS" in said(result, "trainable")
     assert "secret-key" not in said(result, "trainable")
 
