@@ -56,7 +56,7 @@ def run_script(main: Callable[[Config], object], cls: type[Config]) -> None:
     """Run `main(configure(cls))`; a user's error ends in one line on stderr and exit code 2."""
     try:
         main(configure(cls, description=sys.modules[main.__module__].__doc__))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print("error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

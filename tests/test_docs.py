@@ -23,6 +23,7 @@ from generate import GenerateConfig
 from lora import LoRALinear
 from preferences.plan import PreferencesConfig
 from pretraining.__main__ import PretrainConfig
+from teaching.__main__ import settings as teaching_settings
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +42,11 @@ CONFIGS = {
     "-m experiments": ExperimentsConfig, "-m experiments.dataset_analysis": AnalysisConfig,
     "-m experiments.anatomy": AnatomyConfig,
     "-m pretraining": PretrainConfig, "-m preferences": PreferencesConfig,
+    "-m teaching": None,  # its first word chooses them
 }
 COMMAND = re.compile(r"(?:python|torchrun)(?: --\S+)* "
-                     r"(train\.py|generate\.py"
-                     r"|-m (?:bench|experiments|pretraining|preferences)[\w.]*)"
+                     r"(train\.py|generate\.py|"
+                     r"-m (?:bench|experiments|pretraining|preferences|teaching)[\w.]*)"
                      r"((?: [^`\n|]*)?)")
 
 
@@ -77,7 +79,9 @@ def test_every_documented_command_parses(
         for word in words:
             Path(word).mkdir(parents=True)
         words = named(words)
-    if words != ["--help"]:
+    if start == "-m teaching":
+        assert not words or teaching_settings(words)
+    elif words != ["--help"]:
         assert configure(CONFIGS[start], words)
 
 

@@ -1,0 +1,1 @@
+"""What a teacher needs: the handout, its autograder and its report, made from the solution."""

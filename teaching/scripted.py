@@ -1,0 +1,67 @@
+"""A model that answers as a script says, and a tokenizer of words: they stand in for real ones.
+
+So the probes see how a submission asks and reads answers, whatever its model computes.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Words:
+    """A tokenizer with a token per word, which makes up its vocabulary as it reads."""
+
+    eot_token, size = 0, 500
+    start, digests, has_chat = (), {}, False
+
+    def __init__(self) -> None:
+        self.words = [""]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        found = re.findall(r" ?\w+|\s|[^\w\s]", text)
+        self.words += [word for word in dict.fromkeys(found) if word not in self.words]
+        return [self.words.index(word) for word in found]
+
+    encode_answer = encode_ordinary
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return "".join(self.words[i] for i in ids)
+
+
+class Script(nn.Module):
+    """A model that answers each text as `answers` says, and notes how it was asked."""
+
+    def __init__(self, words: Words, answers: dict[str, str]) -> None:
+        super().__init__()
+        self.words, self.answers, self.asked = words, answers, []
+        self.config = SimpleNamespace(end_of_text=(0,), block_size=400, prefix_tokens=0)
+        self.device = torch.device("cpu")
+
+    def prefill(self, idx: Tensor) -> list[int]:
+        return idx[0].tolist()
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        self.asked.append(prompt)
+        text = self.words.decode(prompt)
+        said = [answer for own, answer in self.answers.items() if re.search(rf"\b{own}\b", text)]
+        return [*self.words.encode_ordinary(said[0] if said else " film"), 0]
+
+    def stream(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        past: Any = None, lengths: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        sizes = [idx.size(1)] * len(idx) if lengths is None else lengths.tolist()
+        rows = [(past or []) + row[:size]
+                for row, size in zip(idx.tolist(), sizes, strict=True)]
+        answers = [self.answer(row) for row in rows]
+        for step in range(min(max_new_tokens, max(map(len, answers)))):
+            tokens = torch.tensor([(answer + [0] * step)[step] for answer in answers])[:, None]
+            yield torch.zeros(len(rows), Words.size).scatter_(1, tokens, 9.0), tokens
+
+    def generate(self, idx: Tensor, max_new_tokens: int, *rest: Any, **more: Any) -> Tensor:
+        steps = [token for _, token in self.stream(idx, max_new_tokens, *rest, **more)]
+        return torch.cat([idx, *steps], dim=1)
