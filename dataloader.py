@@ -179,9 +179,8 @@ class CustomDataLoader:
 
     @property
     def longest_answer(self) -> int:
-        """Default limit of an answer in tokens: the task's, but at most half of a sequence.
-
-        Each choice with its end-of-text fits, however many tokens the tokenizer makes of it.
+        """Default limit of an answer in tokens: the task's, or its longest choice with end-of-text
+        if that is longer, but at most half of a sequence.
         """
         choices = [len(self.encode_answer(choice)) + 1 for choice in self.task.choices]
         return min(max(self.task.answer_tokens, *choices, 0), self.block_size // 2)
@@ -224,15 +223,15 @@ class CustomDataLoader:
 
     def encode_example(self, record: Record) -> Example | Pair:
         """Return what training learns from a record."""
-        example = self.encode(record)
-        pairs = self.objective is not None
-        return Pair(example, self.encode(record, 1), record["reference"]) if pairs else example
+        if not self.objective:
+            return self.encode(record)
+        return Pair(self.encode(record), self.encode(record, 1), record["reference"])
 
     def likelihoods(
         self, model: Decoder, records: Sequence[Record], batch_size: int, progress: str = ""
     ) -> list[list[tuple[float, int]]]:
         """Return the nats and the tokens of each of a record's `answers_of`, for all `records`."""
-        number = len(self.task.answers_of(records[0])) if records else 0
+        number = len(self.task.answers_of(records[0]))
         examples = [self.encode(record, i) for record in records for i in range(number)]
         prefix = self.prefix([example.prompt for example in examples])
         past = model.prefill(torch.tensor([prefix], device=model.device).long())
@@ -245,14 +244,15 @@ class CustomDataLoader:
             found[part] = -batch.log_probs(model, past).cpu()
         known = dict(zip(unique, found.tolist(), strict=True))
         nats = [(known[key], len(row.answer)) for key, row in zip(keys, examples, strict=True)]
-        return [nats[i : i + number] for i in range(0, len(nats), number or 1)]
+        return [nats[i : i + number] for i in range(0, len(nats), number)]
 
     @property
     def answers_cut(self) -> int:
         """Number of training answers that were too long for a sequence."""
-        examples = (each.chosen if self.objective else each for each in self._training_set[0])
-        return sum(each.answer[-1] != self.tokenizer.eot_token and each.length == self.block_size
-                   for each in examples)
+        kept = self._training_set[0]
+        rows = [row for pair in kept for row in pair[:2]] if self.objective else kept
+        return sum(row.answer[-1] != self.tokenizer.eot_token and row.length == self.block_size
+                   for row in rows)
 
     def texts_cut(self, records: Iterable[Record], room: int = 0) -> int:
         """Count the `records` whose text `encode_prompt` cuts."""

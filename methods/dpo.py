@@ -41,7 +41,7 @@ class Measures(NamedTuple):
     chosen_reward: Tensor
     rejected_reward: Tensor
     margin: Tensor  # m
-    gradient_weight: Tensor  # σ(−m)
+    gradient_weight: Tensor  # −d loss / d m: σ(−m), or less with label smoothing
     chosen_log_prob: Tensor
     rejected_log_prob: Tensor
     # mean of log π_ref(y) − log π(y): estimates KL(π_ref‖π) where the reference sampled the answers
@@ -71,7 +71,8 @@ def measure(log_probs: Tensor, reference: Tensor, config: PreferenceConfig) -> M
     losses, chosen, rejected = preference_loss(
         log_probs, reference, config.beta, config.label_smoothing)
     margin, (likely, unlikely) = chosen - rejected, log_probs.detach().chunk(2)
+    weight = (-margin).sigmoid().mean() - config.label_smoothing  # σ(−m) − ε
     return Measures(
         losses.mean(), (margin > 0).float().mean(), chosen.mean(), rejected.mean(), margin.mean(),
-        (-margin).sigmoid().mean(), likely.mean(), unlikely.mean(),
+        weight, likely.mean(), unlikely.mean(),
         -(chosen + rejected).mean() / (2 * config.beta))

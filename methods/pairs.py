@@ -96,7 +96,7 @@ def reference_log_probs(
 
 def _log_probs(loader: Any, base: Decoder, records: Sequence[Any], batch_size: int) -> Tensor:
     base.eval()
-    own = loader.likelihoods(
-        base, own_share(records), batch_size, "" if rank() else "reference model")
+    own, progress = own_share(records), "" if rank() else "reference model"
+    own = loader.likelihoods(base, own, batch_size, progress) if own else []
     base.train()
     return torch.tensor([[-nats for nats, _ in pair] for pair in gather_shares(own)])  # (n, 2)

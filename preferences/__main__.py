@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -31,10 +31,11 @@ from preferences.plan import PAIRS, Policy, PreferencesConfig, check, plan
 from preferences.prompts import LONGEST, draw_prompts, read_texts
 from preferences.report import check_folder, write_report
 from preferences.rewards import RewardModel
-from runtime.device import set_up_memory
+from runtime.device import dtype_name, set_up_memory
+from runtime.run_folder import CONFIG_FILE
 
 ABOUT = "experiment.json"  # what the samples and their rewards depend on
-# Settings that change neither the pairs nor how a policy is judged.
+# Settings that the samples depend on.
 DRAWING = ("init_from", "data", "train_prompts", "validation_prompts", "test_prompts", "samples",
            "response_tokens", "best_of", "seed", "eval_batch_size")
 
@@ -52,18 +53,22 @@ def load_judges(config: PreferencesConfig) -> Judges:
     return Judges(found[0], found[1] if len(found) > 1 else None)
 
 
-def weights_digest(folder: str | Path) -> str:
-    """Return the SHA-256 of the weights of a run's best checkpoint."""
-    weights = sorted(Path(folder, "best").glob("*.safetensors"))
-    return hashlib.sha256(b"".join(map(Path.read_bytes, weights))).hexdigest()
+def run_digest(folder: str | Path) -> str:
+    """Return the SHA-256 of the settings and the best weights of a run."""
+    files = [Path(folder, CONFIG_FILE), *sorted(Path(folder, "best").glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
 
 
-def keep_apart(config: PreferencesConfig) -> None:
+def keep_apart(
+    config: PreferencesConfig, base: Subject, prompts: Mapping[str, list[str]]
+) -> None:
     """Note in `out_dir` what the samples depend on; refuse a folder that holds others."""
-    about: dict[str, Any] = {name: asdict(config)[name] for name in DRAWING}
+    about = {name: asdict(config)[name] for name in DRAWING} | base.base | {
+        "dtype": dtype_name(base.dtype),
+        "beginnings": hashlib.sha256(repr(prompts).encode()).hexdigest()}
     for name in ("reward_model", "held_out_reward_model"):
         if folder := getattr(config, name):
-            about[name] = weights_digest(folder)
+            about[name] = run_digest(folder)
     path = Path(config.out_dir, ABOUT)
     if not path.is_file():
         if path.parent.is_dir() and any(path.parent.iterdir()):
@@ -138,7 +143,7 @@ def judge_all(
     found = {"base": [judged(base, "base")]}
     for policy in policies:
         found[policy.label] = [
-            judged(load_policy(config, job), f"{job.name}-{weights_digest(job.folder):.12}")
+            judged(load_policy(config, job), f"{job.name}-{run_digest(job.folder):.12}")
             for job in policy.jobs]
     return found
 
@@ -151,7 +156,7 @@ def main(config: PreferencesConfig) -> None:
     base, policies = load_policy(config), plan(config)
     prompts = draw_all_prompts(config, base)
     judges = load_judges(config)
-    keep_apart(config)
+    keep_apart(config, base, prompts)
     drawn = make_pairs(config, base, judges, prompts)
     train_all([job for policy in policies for job in policy.jobs], config.jobs)
     judged = judge_all(config, base, judges, policies, prompts["test"])

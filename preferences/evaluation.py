@@ -41,7 +41,7 @@ def evaluate(
             row |= distance._asdict()
         add_held_out(rows, held_out)
         write_rows(path, rows)
-    return read_rows(path)
+    return read_rows(path, prompts)
 
 
 def add_held_out(rows: Sequence[Row], held_out: Reward | None) -> None:

@@ -13,7 +13,8 @@ from train import TrainConfig
 
 PAIRS = "pairs"  # folder of the data set, in out_dir
 # What the plan sets for each run.
-PLANNED = ("task", "dataset", "preference_loss", "beta", "train_size", "eval_only", "overwrite")
+PLANNED = ("task", "dataset", "prompt", "preference_loss", "beta", "train_size", "train_balanced",
+           "eval_only", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,15 @@ def beta_values(text: str) -> list[float]:
         values = []
     if not values or not all(1e-4 <= value < float("inf") for value in values):
         raise ValueError(f"betas={text!r} must be numbers of 0.0001 or more, with commas")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ValueError(f"betas={text!r} has a value twice")
     return values
 
 
 def plan(config: PreferencesConfig) -> list[Policy]:
     """Return the policies to train: each β, then supervised fine-tuning."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    shared |= {"task": "preferences", "dataset": str(Path(config.out_dir, PAIRS)),
+    shared |= {"task": "preferences", "dataset": str(Path(config.out_dir, PAIRS).absolute()),
                "train_size": 0, "overwrite": True}
 
     def policy(label: str, name: str, **changes: object) -> Policy:
@@ -88,6 +91,7 @@ def check(config: PreferencesConfig) -> None:
             raise ValueError(f"{name} must name a folder")
     if config.init_from == "resume":
         raise ValueError("init_from=resume: repeat the same command, it resumes by itself")
-    if config.best_of > 1 and config.best_of < config.samples:
-        raise ValueError(f"best_of={config.best_of} must be 1 or at least samples={config.samples}")
+    n = config.best_of
+    if n > 1 and (n & (n - 1) or n < config.samples):
+        raise ValueError(f"best_of={n} must be 1, or a power of two from samples={config.samples}")
     beta_values(config.betas)

@@ -1,6 +1,5 @@
 """The report of the experiment: the frontier, the training, samples before and after."""
 
-import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -65,15 +64,16 @@ def head(config: PreferencesConfig, command: str) -> list[str]:
 
 
 def mean_point(runs: Sequence[Sequence[Row]]) -> Point:
-    """Return the mean over runs; its errors are of the samples, and of the runs if several."""
+    """Return the mean over runs; its errors are over the beginnings, which all runs share."""
     points = [point(rows) for rows in runs]
+
     def mean(name: str) -> float | None:
         values = [getattr(each, name) for each in points]
         return None if None in values else statistics.mean(values)
 
     def error(name: str) -> float:
-        within = math.hypot(*(getattr(each, f"{name}_error") for each in points)) / len(points)
-        return math.hypot(within, standard_error([getattr(each, name) for each in points]))
+        return standard_error([statistics.mean(row[name] for row in group)
+                               for group in zip(*runs, strict=True)])
 
     means = {name: mean(name) for name in Point._fields}
     return Point(**means | {"kl_error": error("kl"), "reward_error": error("reward")})
@@ -81,9 +81,11 @@ def mean_point(runs: Sequence[Sequence[Row]]) -> Point:
 
 def frontier(config: PreferencesConfig, judged: Judged, drawn: Sequence[Row]) -> Section:
     points = {label: mean_point(runs) for label, runs in judged.items()}
-    rows = [["policy", "reward", "held-out reward", "KL (nats)", "perplexity", "tokens", "ended"]]
+    rows = [["policy", "reward", "each run", "held-out reward", "KL (nats)", "perplexity",
+             "tokens", "ended"]]
     for label, at in points.items():
-        rows.append([plain(label), f"{at.reward:.3f} ± {1.96 * at.reward_error:.3f}",
+        each = ", ".join(f"{point(run).reward:.3f}" for run in judged[label])
+        rows.append([plain(label), f"{at.reward:.3f} ± {1.96 * at.reward_error:.3f}", each,
                      "" if at.held_out is None else f"{at.held_out:.3f}",
                      f"{at.kl:.2f} ± {1.96 * at.kl_error:.2f}", f"{at.perplexity:.1f}",
                      f"{at.tokens:.1f}", f"{at.ended:.2f}"])
@@ -92,14 +94,15 @@ def frontier(config: PreferencesConfig, judged: Judged, drawn: Sequence[Row]) ->
         rewards, error = [row["reward"] for row in best], standard_error(
             [row["reward"] for row in best])
         held_out = [row["held_out"] for row in best if "held_out" in row]
-        rows.append([f"best of {n}", f"{statistics.mean(rewards):.3f} ± {1.96 * error:.3f}",
+        rows.append([f"best of {n}", f"{statistics.mean(rewards):.3f} ± {1.96 * error:.3f}", "",
                      f"{statistics.mean(held_out):.3f}" if held_out else "",
                      f"≤ {best_of_kl(n):.2f}", "", "", ""])
-    text = ["Reward: mean of the training reward model, with its 95 % interval. KL: of a whole "
-            "sample from the policy as it was, the sum over its tokens of the exact divergence of "
-            "the next token. Perplexity: of the samples under the policy as it was; a high one "
-            "means that they are no longer its language. Best of n draws n samples and keeps the "
-            "one with the largest reward; log n − (n − 1) / n bounds its divergence."]
+    text = ["Reward: mean of the training reward model, with the 95 % interval over the "
+            "beginnings; the runs differ by seed. KL: of a whole sample from the policy as it was, "
+            "the sum over its tokens of the exact divergence of the next token. Perplexity: of the "
+            "samples under the policy as it was; a high one means that they are no longer its "
+            "language. Best of n draws n samples and keeps the one with the largest reward; "
+            "log n − (n − 1) / n bounds its divergence."]
     figure = draw_frontier(points, {n: best for n, best in bests.items() if n > 1})
     basis = f"{config.test_prompts} held-out beginnings, {config.seeds} run(s) each"
     return Section("Reward over distance", basis, [*text, *markdown_table(rows)], figure)
@@ -135,7 +138,7 @@ def training(policies: Sequence[Policy]) -> Section:
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     titles = {"validation_reward_accuracy": "accuracy of the implicit reward",
-              "validation_gradient_weight": "σ(−m), weight of the gradient",
+              "validation_gradient_weight": "weight of the gradient, σ(−m)",
               "validation_chosen_log_prob": "log π(chosen), nats",
               "validation_rejected_log_prob": "log π(rejected), nats"}
     shown = [policy for policy in policies if policy.beta is not None]

@@ -24,6 +24,7 @@ class Sample(NamedTuple):
     text: str
     ids: list[int]  # of the continuation, its end-of-text included
     ended: bool  # with end-of-text; False if the limit of tokens cut it off
+    canonical: bool  # whether the tokenizer makes the same tokens of its text
 
 
 class Distance(NamedTuple):
@@ -57,8 +58,9 @@ def draw_samples(
         for i, ids in zip(part, torch.cat(drawn, dim=1).tolist(), strict=True):
             ends = [place for place, token in enumerate(ids) if token in model.config.end_of_text]
             own = ids[: ends[0]] if ends else ids
-            eot = [tokenizer.eot_token] if ends else []
-            found[i] = Sample(prompts[i], tokenizer.decode(own), own + eot, bool(ends))
+            text = tokenizer.decode(own)
+            canonical = tokenizer.encode_ordinary(text) == own
+            found[i] = Sample(prompts[i], text, ids[: len(own) + bool(ends)], bool(ends), canonical)
     return [found[i] for i in range(len(prompts))]
 
 

@@ -130,8 +130,7 @@ def read_pair(row: Any, where: str) -> Record:
     ended = {name: fields.get(name, True) for name in ("chosen_ended", "rejected_ended")}
     if not all(isinstance(value, bool) for value in ended.values()):
         raise ValueError(f"{where}: chosen_ended and rejected_ended must be true or false")
-    if not (pair["chosen"] or ended["chosen_ended"]) or not (
-            pair["rejected"] or ended["rejected_ended"]):
+    if not all(pair[kind].strip() or ended[f"{kind}_ended"] for kind in ("chosen", "rejected")):
         raise ValueError(f"{where} has an empty answer without an end")
     return pair | {name: value for name, value in ended.items() if not value}
 
@@ -158,8 +157,10 @@ def _read_messages(prompt: Any, answers: Sequence[list], where: str) -> Record:
     whole = isinstance(before, list) and bool(before and last[0] and last[1])
     if not whole or not all(map(_is_message, [*before, *last[0], *last[1]])):
         raise ValueError(f"{where} needs messages with role and content, the last one an answer")
-    if prompt is None and answers[1][:-1] != before:
+    if any(answer[:-1] != before and (prompt is None or answer[:-1]) for answer in answers):
         raise ValueError(f"{where} needs two conversations that differ in the last message alone")
+    if any(message["role"] != "assistant" for (message,) in last):
+        raise ValueError(f"{where} needs messages of the assistant as chosen and rejected")
     chosen, rejected = (f" {message['content'].strip()}" for (message,) in last)
     return {"prompt": _transcript(before), "chosen": chosen, "rejected": rejected, "dialogue": True}
 

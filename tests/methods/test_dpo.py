@@ -41,6 +41,14 @@ def test_loss_and_rewards_are_the_formula(smoothing: float) -> None:
     close((chosen, rejected), (0.3 * (policy - reference)[:4], 0.3 * (policy - reference)[4:]))
 
 
+def test_weight_of_the_gradient_is_the_slope_of_the_loss() -> None:
+    policy = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    config = PreferenceConfig(beta=0.7, label_smoothing=0.2)
+    found = measure(policy, torch.zeros(2, dtype=torch.float64), config)
+    (slope, _) = torch.autograd.grad(found.loss, policy)[0]
+    close(found.gradient_weight, -slope / config.beta)
+
+
 def test_far_apart_pairs_have_a_finite_loss_and_gradient() -> None:
     policy = torch.tensor([-1e4, 0.0], requires_grad=True)
     (loss, *_) = preference_loss(policy, torch.zeros(2), 5.0, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_models import read_lines
 
 import train
 from checkpoints.files import read_json
@@ -13,8 +14,8 @@ from configurator import configure
 from experiments.jobs import Job
 from preferences import __main__ as script
 from preferences.__main__ import main
-from preferences.pairs import read_rows
 from preferences.plan import PreferencesConfig, check, plan
+from preferences.report import mean_point
 from preferences.rewards import RewardModel
 from train import TrainConfig
 
@@ -57,10 +58,10 @@ def test_experiment_goes_from_texts_to_a_report_and_keeps_what_is_finished(
 ) -> None:
     main(experiment)
     out, report = Path(experiment.out_dir), Path(experiment.report_dir)
-    pairs = read_rows(out / "pairs" / "train.jsonl")
-    assert 20 < len(pairs) <= 30
+    pairs = read_lines(out / "pairs" / "train.jsonl")
+    assert 10 < len(pairs) <= 30
     assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in pairs)
-    used = [{row["prompt"] for row in read_rows(out / "pairs" / f"{split}.jsonl")}
+    used = [{row["prompt"] for row in read_lines(out / "pairs" / f"{split}.jsonl")}
             for split in ("train", "validation", "test")]
     assert sum(map(len, used)) == len(set.union(*used))
     text = (report / "report.md").read_text("utf-8")
@@ -70,7 +71,7 @@ def test_experiment_goes_from_texts_to_a_report_and_keeps_what_is_finished(
     assert "<b" not in text
     assert (report / "frontier.png").is_file()
     assert (report / "training.png").is_file()
-    rows = {path.stem: read_rows(path) for path in (out / "evaluations").iterdir()}
+    rows = {path.stem: read_lines(path) for path in (out / "evaluations").iterdir()}
     assert len(rows) == 4
     assert {row["kl"] for row in rows["base"]} == {0.0}
     assert [row["reward"] for row in rows["base"]] == pytest.approx(
@@ -79,8 +80,14 @@ def test_experiment_goes_from_texts_to_a_report_and_keeps_what_is_finished(
     main(experiment)
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert (report / "report.md").read_text("utf-8") == text
-    with pytest.raises(ValueError, match="holds an experiment of another response_tokens; choose"):
-        main(replace(experiment, response_tokens=6))
+    for changes, said in (
+            ({"response_tokens": 6}, "response_tokens"), ({"dtype": "bfloat16"}, "dtype")):
+        with pytest.raises(ValueError, match=f"holds an experiment of another {said}; choose"):
+            main(replace(experiment, **changes))
+    texts = Path(experiment.data, "train.jsonl")
+    texts.write_text(texts.read_text().replace("film", "movie"))
+    with pytest.raises(ValueError, match="holds an experiment of another beginnings; choose"):
+        main(experiment)
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -119,7 +126,9 @@ def test_error_of_a_run_is_the_experiments(
     ({"betas": "0.1,x"}, "betas='0.1,x' must be numbers"), ({"betas": ""}, "must be numbers"),
     ({"betas": "0"}, "must be numbers of 0.0001 or more"), ({"beta": 0.5}, "the plan sets it"),
     ({"task": "sentiment2"}, "the plan sets it"), ({"init_from": "resume"}, "repeat the same"),
-    ({"best_of": 3}, "must be 1 or at least samples=4"), ({"report_dir": ""}, "must name a folder"),
+    ({"best_of": 3}, "must be 1, or a power of two from samples=4"), ({"betas": "1,1.0"}, "twice"),
+    ({"best_of": 6}, "a power of two"), ({"prompt": "Say {text}"}, "the plan sets it"),
+    ({"report_dir": ""}, "must name a folder"),
 ])
 def test_settings_that_make_no_experiment_are_refused(
     changes: dict[str, object], said: str
@@ -134,7 +143,7 @@ def test_plan_trains_each_beta_and_the_supervised_baseline() -> None:
         "DPO, β = 0.05", "DPO, β = 5", "supervised on the chosen"]
     settings = [job.settings for job in policies[1].jobs]
     assert [(each["beta"], each["task"], each["dataset"]) for each in settings] == [
-        (5.0, "preferences", "x/pairs")] * 2
+        (5.0, "preferences", str(Path("x/pairs").absolute()))] * 2
     assert settings[1]["seed"] == TrainConfig.seed + 1
     assert policies[2].jobs[0].settings["preference_loss"] == "supervised"
 
@@ -144,7 +153,9 @@ def test_reward_is_the_probability_of_the_last_label(reward_model: str) -> None:
     texts = ["film 1 is witty", "film 2 is dull", "film 1 is witty\nVerdict: bad"]
     rewards = judge(texts)
     assert all(0 < reward < 1 for reward in rewards)
-    assert rewards[2] == pytest.approx(rewards[0], abs=1e-6)
+    assert rewards[2] == rewards[0] != rewards[1]
+    with pytest.raises(ValueError, match="1 texts do not fit into the 256 tokens of the reward"):
+        judge(["film and so on" * 200])
     prediction = judge.sampler.predict([{"text": texts[0]}])[0]
     odds = [2.718281828**each for each in prediction.label_logprobs]
     assert rewards[0] == pytest.approx(odds[1] / sum(odds), rel=1e-4)
@@ -157,3 +168,15 @@ def test_run_without_labels_is_no_reward_model(config: TrainConfig, pairs: str) 
     with pytest.raises(FileNotFoundError, match="holds no run"):
         RewardModel("nowhere", "cpu", "float32", 8)
     assert read_json(Path(config.out_dir, "config.json"))
+
+
+def test_interval_of_several_runs_is_over_the_beginnings_they_share() -> None:
+    def run(shift: float) -> list[dict]:
+        return [{"kl": 1.0 + shift, "reward": value + shift, "reference_nats": 1.0, "tokens": 2,
+                 "ended": True} for value in (0.1, 0.3, 0.5, 0.3)]
+
+    alone, both = mean_point([run(0.0)]), mean_point([run(0.0), run(0.2)])
+    assert (alone.reward, both.reward) == pytest.approx((0.3, 0.4))
+    assert both.reward_error == pytest.approx(alone.reward_error)
+    assert both.kl == pytest.approx(1.1)
+    assert both.kl_error == pytest.approx(0)

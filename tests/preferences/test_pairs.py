@@ -61,7 +61,7 @@ def rewards(texts: list[str]) -> list[float]:
     return [length(text) for text in texts]
 
 
-def test_samples_depend_on_the_seed_alone(policy: Subject) -> None:
+def test_samples_depend_on_the_seed(policy: Subject) -> None:
     prompts = ["the film", "I", "a very long and winding beginning", "the film"] * 3
     drawn = [draw_samples(policy, prompts, 6, 4, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -73,6 +73,7 @@ def test_samples_depend_on_the_seed_alone(policy: Subject) -> None:
         assert sample.ids[len(sample.ids) - len(end):] == end
         assert len(sample.ids) <= 6
         assert sample.ended or len(sample.ids) == 6
+        assert sample.canonical
 
 
 def test_sampled_tokens_have_the_frequency_of_their_probability(policy: Subject) -> None:
@@ -113,7 +114,8 @@ def test_exact_divergence_has_the_expectation_of_the_log_ratio(
 
 
 def test_pairs_are_all_of_a_prompt_whose_rewards_differ() -> None:
-    rows = [{"prompt": prompt, "text": f" {i}", "ended": i % 2 == 0, "tokens": 1, "reward": reward}
+    rows = [{"prompt": prompt, "text": f" {i}", "ended": i % 2 == 0, "reward": reward,
+             "canonical": True}
             for prompt, group in (("a", (0.1, 0.7, 0.7)), ("b", (0.5, 0.2)))
             for i, reward in enumerate(group)]
     pairs = rank(rows)
@@ -138,9 +140,10 @@ def test_stopped_sampling_keeps_its_files_and_ends_alike(
     assert drawn(folder=tmp_path / "broken") == whole
     assert len(whole) == 2 * len(prompts)
     assert [row["prompt"] for row in whole[::2]] == prompts
-    (tmp_path / "whole" / "train-0001.jsonl").write_text('{"prompt": ')
-    with pytest.raises(ValueError, match=r"train-0001.jsonl is damaged .*delete it and repeat"):
-        drawn(folder=tmp_path / "whole")
+    for damaged in ('{"prompt": ', "[]", "{}", '{"prompt": "film 9"}', ""):
+        (tmp_path / "whole" / "train-0001.jsonl").write_text(damaged)
+        with pytest.raises(ValueError, match=r"train-0001.jsonl is damaged .*delete it and repeat"):
+            drawn(folder=tmp_path / "whole")
 
 
 def stop_at_the_second(seed: int, split: str, start: int) -> int:
@@ -173,7 +176,7 @@ def test_evaluation_is_kept_and_averaged(
                         tmp_path / "x.jsonl")
 
     rows = judge(lambda texts: [1 - length(text) for text in texts])
-    assert judge(None) == rows == read_rows(tmp_path / "x.jsonl")
+    assert judge(None) == rows == read_rows(tmp_path / "x.jsonl", ["the film", "I"] * 4)
     found = point(rows)
     assert found.reward == pytest.approx(sum(
         length(row["prompt"] + row["text"]) for row in rows) / 8)
@@ -206,7 +209,9 @@ def test_texts_come_from_the_wheel_or_a_folder_with_texts(tmp_path: Path) -> Non
         read_texts(str(tmp_path))
 
 
-def test_a_sample_without_tokens_makes_no_pair() -> None:
-    rows = [{"prompt": "a", "text": text, "ended": ended, "tokens": 1, "reward": reward}
-            for text, ended, reward in (("", False, 0.1), (" x", True, 0.5), ("", True, 0.9))]
+def test_a_sample_without_tokens_or_with_others_makes_no_pair() -> None:
+    rows = [{"prompt": "a", "text": text, "ended": ended, "canonical": canonical, "reward": reward}
+            for text, ended, canonical, reward in (
+                ("", False, True, 0.1), (" x", True, True, 0.5), ("", True, True, 0.9),
+                ("\ufffd", True, False, 0.2))]
     assert [(pair["chosen"], pair["rejected"]) for pair in rank(rows)] == [("", " x")]

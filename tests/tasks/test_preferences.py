@@ -28,6 +28,7 @@ DIALOGUE = "\n\nHuman: Name a film.\n\nAssistant:"
     ({"chosen": f"{DIALOGUE} A.\n\nAssistant: B.", "rejected": f"{DIALOGUE} C."},
      DIALOGUE, " A.\n\nAssistant: B.", " C."),
     ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, DIALOGUE, " Alien.", " No."),
+    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}, DIALOGUE, " Alien.", " No."),
     ({"prompt": "Name a film.", "chosen": [GOOD], "rejected": [BAD]}, DIALOGUE, " Alien.", " No."),
     ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 7.5}, DIALOGUE, " Alien.",
      " No."),
@@ -60,7 +61,9 @@ def test_chat_prompt_is_the_text_without_the_marks_of_the_speakers() -> None:
     ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "here needs messages"),
     ({"chosen": [USER, GOOD], "rejected": [GOOD, BAD]}, "here needs two conversations"),
     ({"prompt": "x", "chosen": "y", "rejected": "z", "chosen_ended": 1}, "must be true or false"),
-    ({"prompt": "x", "chosen": "", "rejected": "z", "chosen_ended": False}, "here has an empty"),
+    ({"prompt": "x", "chosen": " ", "rejected": "z", "chosen_ended": False}, "here has an empty"),
+    ({"prompt": [USER], "chosen": [GOOD, USER, BAD], "rejected": [GOOD, USER, GOOD]}, "needs two"),
+    ({"chosen": [USER, USER], "rejected": [USER, BAD]}, "needs messages of the assistant"),
 ])
 def test_rows_of_other_forms_are_refused(row: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
