@@ -25,7 +25,7 @@ from checkpoints.files import read_json, write_json
 from configurator import run_script
 from experiments.jobs import Job, run_jobs, treat_as_ctrl_c
 from generate import GenerateConfig, Subject, load_subject
-from preferences.evaluation import add_held_out, evaluate
+from preferences.evaluation import evaluate, judge_draws
 from preferences.pairs import Row, rank, rewarded_samples, write_rows
 from preferences.plan import PAIRS, Policy, PreferencesConfig, check, plan
 from preferences.prompts import LONGEST, draw_prompts, read_texts
@@ -35,6 +35,7 @@ from runtime.device import dtype_name, set_up_memory
 from runtime.run_folder import CONFIG_FILE
 
 ABOUT = "experiment.json"  # what the samples and their rewards depend on
+EVALUATIONS = "evaluations"  # folder of the measured samples, in out_dir
 # Settings that the samples depend on.
 DRAWING = ("init_from", "data", "train_prompts", "validation_prompts", "test_prompts", "samples",
            "response_tokens", "best_of", "seed", "eval_batch_size")
@@ -136,7 +137,7 @@ def judge_all(
 ) -> dict[str, list[list[Row]]]:
     """Return the measured samples of the base and of each policy's runs, by the policy's label."""
     def judged(subject: Subject, name: str) -> list[Row]:
-        path = Path(config.out_dir, "evaluations", f"{name}.jsonl")
+        path = Path(config.out_dir, EVALUATIONS, f"{name}.jsonl")
         return evaluate(subject, base, prompts, config.response_tokens, config.eval_batch_size,
                         config.seed, judges.reward, judges.held_out, path)
 
@@ -160,7 +161,7 @@ def main(config: PreferencesConfig) -> None:
     drawn = make_pairs(config, base, judges, prompts)
     train_all([job for policy in policies for job in policy.jobs], config.jobs)
     judged = judge_all(config, base, judges, policies, prompts["test"])
-    add_held_out(drawn, judges.held_out)
+    drawn = judge_draws(drawn, judges.held_out, Path(config.out_dir, EVALUATIONS, "draws.jsonl"))
     command = shlex.join(["python", "-m", "preferences", *sys.argv[1:]])
     path = write_report(config, policies, judged, drawn, command)
     print(f"written: {path}")

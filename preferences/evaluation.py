@@ -51,6 +51,16 @@ def add_held_out(rows: Sequence[Row], held_out: Reward | None) -> None:
             row["held_out"] = value
 
 
+def judge_draws(drawn: list[Row], held_out: Reward | None, path: Path) -> list[Row]:
+    """Return the base's samples with their held-out rewards, which the file `path` keeps."""
+    if not held_out:
+        return drawn
+    if not path.is_file():
+        add_held_out(drawn, held_out)
+        write_rows(path, drawn)
+    return read_rows(path, [row["prompt"] for row in drawn])
+
+
 def point(rows: Sequence[Row]) -> Point:
     rewards, divergences = ([row[name] for row in rows] for name in ("reward", "kl"))
     known = "held_out" in rows[0]

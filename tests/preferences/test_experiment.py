@@ -72,7 +72,9 @@ def test_experiment_goes_from_texts_to_a_report_and_keeps_what_is_finished(
     assert (report / "frontier.png").is_file()
     assert (report / "training.png").is_file()
     rows = {path.stem: read_lines(path) for path in (out / "evaluations").iterdir()}
-    assert len(rows) == 4
+    assert len(rows) == 5
+    assert [row["held_out"] for row in rows["draws"]] == pytest.approx(
+        [row["reward"] for row in rows["draws"]], abs=1e-6)
     assert {row["kl"] for row in rows["base"]} == {0.0}
     assert [row["reward"] for row in rows["base"]] == pytest.approx(
         [row["held_out"] for row in rows["base"]], abs=1e-6)
