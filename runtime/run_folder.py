@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,7 +21,6 @@ from torch import Tensor
 from checkpoints.files import (
     TEMPORARY,
     finite_float32,
-    local_path,
     read_json,
     read_tensors,
     write_json,
@@ -31,6 +30,14 @@ from checkpoints.trainer_state import STATE_FILE
 from configurator import ROOT, configure
 from lora import check_state
 from runtime.device import device_name, resolve_dtype
+from runtime.folder_guard import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FolderConfig,
+    NewFolderConfig,
+    refuse_foreign_folder,
+    settings_of,
+)
 from runtime.metrics import (
     METRICS_FILE,
     PLOT_FILE,
@@ -40,37 +47,20 @@ from runtime.metrics import (
 )
 from runtime.result_files import forget_checkpoint
 
-CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+FINISHED_FILE = "finished.json"
 REFERENCE_FILE = "reference.safetensors"  # of runs on preference pairs
-MARKS = ("report.md", "lengths.png", "bench.json", "tokenizer_config.json")  # of other scripts
-CHECKPOINTS = ("base", "best", "last")  # the first has scores, but no weights
 PATHS = ("init_from", "dataset", "data")  # settings that older runs kept relative
 INPUTS = {  # facts of a run
     "base_sha256": "the base model", "data_sha256": "the data set",
     "tokenizer_sha256": "the tokenizer",
     "reference_sha256": "the file of the reference model's log-probabilities",
 }
-FINE_TUNING = "lora_rank"  # a setting that runs of train.py have, and no others
 # These change what a run reports, not what it computes.
 FREE_SETTINGS = {
     "out_dir", "overwrite", "log_interval", "always_save_checkpoint", "wandb_project", "wandb_mode",
     "baseline",
 }
 Config = TypeVar("Config")
-
-
-@dataclass(frozen=True)
-class FolderConfig:
-    """The setting that names a run's folder."""
-
-    out_dir: Annotated[str, "folder of the run", local_path] = "out"
-
-
-@dataclass(frozen=True)
-class NewFolderConfig(FolderConfig):
-    """Settings of a script that starts a run in a folder."""
-
-    overwrite: Annotated[bool, "replace a run of other settings in out_dir"] = False
 
 
 @dataclass(frozen=True)
@@ -199,54 +189,6 @@ def refuse_loss(config: NewFolderConfig) -> None:
     raise ValueError(f"out_dir={config.out_dir!r} holds {held}, or overwrite=True to replace it")
 
 
-def refuse_foreign_folder(config: NewFolderConfig) -> None:
-    """Raise ValueError unless `out_dir` is new or empty, or holds a run of the same script.
-
-    It may also hold whole runs and what our other scripts put beside them. Hidden files are not
-    looked at. The model that the run starts from must be elsewhere.
-    """
-    folder, base = Path(config.out_dir), Path(getattr(config, "init_from", "scratch"))
-    if base.exists() and base.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"init_from={str(base)!r} is in out_dir={str(folder)!r}; choose another "
-                         "out_dir")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out_dir={str(folder)!r} is a file")
-    for path in (folder / name for name in (*CHECKPOINTS, "model")):
-        if path.is_symlink() or _settings_of(path) is not None:
-            raise ValueError(f"{path} is {'a link' if path.is_symlink() else 'a run of its own'}; "
-                             "choose another out_dir")
-    if (settings := _settings_of(folder)) is not None:
-        if (FINE_TUNING in settings) != hasattr(config, FINE_TUNING):
-            raise ValueError(f"out_dir={str(folder)!r} holds a run of another script; choose "
-                             "another out_dir")
-    elif foreign := [path.name for path in _visible(folder) if not _is_beside_runs(path)]:
-        raise ValueError(f"out_dir={str(folder)!r} holds files that no run wrote "
-                         f"({', '.join(foreign[:3])}); choose a new or an empty folder")
-
-
-def _settings_of(folder: Path) -> Mapping[str, Any] | None:
-    """Return the settings of the run in `folder`, or None if there is no run."""
-    try:
-        run = read_json(folder / CONFIG_FILE)
-    except (OSError, ValueError):
-        return None
-    settings = run.get("settings")
-    return settings if isinstance(settings, dict) and {"device", "dtype"} <= run.keys() else None
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*")) if folder.is_dir() else []
-
-
-def _is_beside_runs(path: Path) -> bool:
-    """Return whether a file or folder may stand where runs do: a log, scores, a report, runs."""
-    if not path.is_dir() or path.name in CHECKPOINTS:
-        return path.name == "log.txt"
-    if path.name.startswith("zero_shot-") or any((path / mark).is_file() for mark in MARKS):
-        return True
-    return any(_settings_of(folder) is not None for folder in (path, *_visible(path)))
-
-
 def lock_folder(folder: Path) -> FileLock:
     """Keep other runs out of `folder` until the lock is released or this process ends.
 
@@ -346,7 +288,7 @@ def is_finished(folder: Path) -> bool:
 
     Its record says so; in an older run, the metrics hold its last test score.
     """
-    metrics, settings = read_metrics(folder), _settings_of(folder) or {}
+    metrics, settings = read_metrics(folder), settings_of(folder) or {}
     scored = all((folder / name / "results.json").is_file() for name in ("best", "last"))
     steps = _count(settings.get("max_iters"))
     if not (settings and metrics and scored):
