@@ -174,8 +174,7 @@ def compare(config: BenchConfig, folder: str, verbs: Sequence[str]) -> dict[str,
     rivals, shape = contenders(config), load_config(folder)
     report: dict[str, Any] = {
         "contenders": {rival.name: {} for rival in rivals}, "ratios": {}, "spreads": {},
-        "memory_ratios": {}, "peaks": {},
-    }
+        "memory_ratios": {}, "peaks": {}}
     for verb in verbs:
         measures, peaks = take_turns(rivals, verb, records, folder, config)
         report["peaks"][verb] = peaks

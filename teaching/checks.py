@@ -50,8 +50,7 @@ def construction(seen: dict[str, Any]) -> Claims:
         (seen["merged"] is False, "Expected has_weights_merged to be False at first."),
         (seen["is_lora"] == [True, False], "Expected is_lora() to be True with a rank only."),
         (sorted(seen["plain"]) == ["bias", "weight"] and seen["plain_error"] < 1e-5,
-         "Expected a layer of rank 0 to be a plain nn.Linear."),
-    ]
+         "Expected a layer of rank 0 to be a plain nn.Linear.")]
 
 
 @check
@@ -63,8 +62,7 @@ def start(seen: dict[str, Any]) -> Claims:
         (uniform, "Expected lora_A to be drawn from the kaiming-uniform distribution of nn.Linear "
                   "(a=sqrt(5))."),
         (seen["B_again"] == 0, "Expected reset_parameters() to set lora_B to zero again."),
-        (seen["A_again"] > 0, "Expected reset_parameters() to draw lora_A again."),
-    ]
+        (seen["A_again"] > 0, "Expected reset_parameters() to draw lora_A again.")]
 
 
 @check
