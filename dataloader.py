@@ -18,7 +18,7 @@ from methods.dpo import PreferenceConfig
 from methods.pairs import Pair, PairBatch, collate_pairs
 from model import IGNORE, Decoder, DecoderConfig
 from models.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
-from runtime.batching import by_length, common_prefix, epoch_order
+from runtime.batching import by_length, common_prefix, epoch_order, pad
 from runtime.kv_cache import Prefix
 from tasks.base import Task, prompt_template
 from tasks.demonstrations import Demonstrations, ShotsConfig, draw, draw_demonstrations
@@ -113,12 +113,6 @@ def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:
         targets.append([IGNORE] * (len(prompt) - start - 1) + answer)
     shared = torch.tensor([prefix], dtype=torch.long)  # (1, P), also for P = 0
     return Batch(shared, pad(inputs, value=0), pad(targets, IGNORE))
-
-
-def pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    """Return `rows` as one tensor (B, T), padded on the right with `value`."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 class CustomDataLoader:

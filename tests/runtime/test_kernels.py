@@ -44,6 +44,19 @@ def test_linear_is_torchs_in_value_and_every_gradient(
     close(values_and_gradients(linear, *inputs), values_and_gradients(F.linear, *inputs))
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (5, 1, 7), (1, 5, 7), (2, 3, 7), (65, 7)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_of_inference_equal_torchs(
+    onednn: bool, shape: tuple[int, ...], bias: bool
+) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(11, 7), torch.randn(11) if bias else None
+    with torch.no_grad():
+        found = linear(x, weight, bias)
+        close(found, F.linear(x, weight, bias))
+        close(linear(x.transpose(0, -2), weight), F.linear(x.transpose(0, -2), weight))
+    assert found.is_contiguous()
+
+
 def test_linear_takes_parts_of_matrices(onednn: bool) -> None:
     x, weight = randn(4, 6, 12), randn(10, 20)
     parts = lambda f: lambda x, w: f(x[..., 3:9], w[2:7, 5:11])  # noqa: E731
