@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     """Return `rows` as one tensor (B, T), padded on the right with `value`."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+class Step(NamedTuple):
+    """A new token for each running row of a generation."""
+
+    rows: list[int]  # their indices among the prompts; new ones stand last
+    logits: Tensor  # (R, V)
+    tokens: Tensor  # (R, 1), chosen from the logits
 
 
 class Queue:
