@@ -25,7 +25,8 @@ def reward_model(checkpoint: str, reviews: str, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("reward") / "run"
     train.train(TrainConfig(
         init_from=checkpoint, dataset=reviews, out_dir=str(folder), device="cpu", dtype="float32",
-        lora_rank=4, lora_alpha=8, learning_rate=1e-2, batch_size=8, max_iters=4, wandb_mode="disabled"))
+        lora_rank=4, lora_alpha=8, learning_rate=1e-2, batch_size=8, max_iters=4,
+        wandb_mode="disabled"))
     return str(folder)
 
 
