@@ -21,7 +21,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from teaching.isolation import OUTPUT_MIB, limit, protect, refuse
-from teaching.probes import PROBES, warm_up
+from teaching.layer_probes import warm_up
+from teaching.model_probes import PROBES
 
 OPEN_FILES = 1024
 LONGEST = 8 * 2**20  # bytes of a child's answers

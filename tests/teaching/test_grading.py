@@ -17,8 +17,8 @@ from configurator import ROOT
 from teaching.checks import CHECKS
 from teaching.cutting import without_function
 from teaching.grading import Grade, Workshop, grade, open_workshop, read_submission, show
+from teaching.model_probes import PROBES
 from teaching.parts import CUTS, FIRST, SECOND, read_solution
-from teaching.probes import PROBES
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Limits, Sandbox
 from teaching.starter import needed_files
