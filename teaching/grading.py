@@ -113,17 +113,19 @@ class Workshop:
             self.compiled[file] = Path(py_compile.compile(str(path), invalidation_mode=mode))
 
     @property
-    def preload(self) -> list[str]:
-        """The modules of others that the handout imports."""
+    def preload(self) -> dict[str, list[str]]:
+        """The modules of others that the handout imports, and what it takes from them."""
         own = {PurePosixPath(file).parts[0].removesuffix(".py") for file in self.sources}
-        found: set[str] = set()
+        found: dict[str, set[str]] = {}
         for text in self.sources.values():
             for node in ast.parse(text).body:
                 if isinstance(node, ast.Import):
-                    found |= {alias.name for alias in node.names}
+                    found |= {alias.name: set() for alias in node.names if alias.name not in found}
                 elif isinstance(node, ast.ImportFrom) and node.module:
-                    found.add(node.module)
-        return sorted(name for name in found if name.partition(".")[0] not in own)
+                    taken = found.setdefault(node.module, set())
+                    taken |= {alias.name for alias in node.names}
+        return {name: sorted(taken) for name, taken in sorted(found.items())
+                if name.partition(".")[0] not in own}
 
     def lay_out(self, submission: Mapping[str, str], folder: Path) -> None:
         """Write handout and submission to `folder`, and take the right to write away."""

@@ -41,9 +41,9 @@ def main() -> None:
     os.dup2(2, 1)
     sys.dont_write_bytecode = True
     sys.path.remove(os.getcwd())
-    for name in json.loads(sys.stdin.readline()):
+    for name, taken in json.loads(sys.stdin.readline()).items():
         with suppress(ImportError):
-            importlib.import_module(name)
+            __import__(name, fromlist=taken)  # some modules load what they hold when it is taken
     warm_up()
     gc.freeze()  # a collection in a child would copy the pages that it shares with this process
     for line in sys.stdin:
