@@ -9,6 +9,7 @@ the kernel by itself passes it. `protect` returns what holds, so that nobody has
 import ctypes
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ NEW_USER, NEW_MOUNT = 0x10000000, 0x20000  # of unshare(2)
 NEW_NETWORK, NEW_PROCESSES = 0x40000000, 0x20000000
 BIND, RECURSIVE, PRIVATE = 4096, 0x4000, 1 << 18  # of mount(2)
 MOUNT_SETATTR, HERE, AT_RECURSIVE, READ_ONLY = 442, -100, 0x8000, 1
+CHILD_SUBREAPER = 36  # of prctl(2)
 SCRATCH_SIZE = b"size=64m"
 NOBODY, PROCESSES = 65534, 16
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -100,6 +102,22 @@ def become_first_process() -> None:
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         os._exit(os.WEXITSTATUS(status))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever descendant loses its own, instead of the system's first."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """Kill every child of this process, and what they leave behind in turn."""
+    while pids := [int(pid) for path in Path("/proc/self/task").glob("*/children")
+                   for pid in path.read_text().split()]:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
 
 
 def refuse(hidden: Sequence[str], scratch: str) -> None:

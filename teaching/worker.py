@@ -20,7 +20,14 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from teaching.isolation import OUTPUT_MIB, limit, protect, refuse
+from teaching.isolation import (
+    OUTPUT_MIB,
+    adopt_orphans,
+    end_children,
+    limit,
+    protect,
+    refuse,
+)
 from teaching.layer_probes import warm_up
 from teaching.model_probes import PROBES
 
@@ -45,6 +52,7 @@ def main() -> None:
         with suppress(ImportError):
             __import__(name, fromlist=taken)  # some modules load what they hold when it is taken
     warm_up()
+    adopt_orphans()
     gc.freeze()  # a collection in a child would copy the pages that it shares with this process
     for line in sys.stdin:
         answers.write(json.dumps(observe(json.loads(line))) + "\n")
@@ -130,6 +138,7 @@ def reap(child: Child, reason: str, early: bool) -> str:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     os.close(child.pipe)
+    end_children()  # also those that left the group
     if reason or not early:
         return reason
     if os.WIFSIGNALED(status):
