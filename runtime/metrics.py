@@ -7,9 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-
 from checkpoints.files import atomic_write
 from runtime.tracking import Tracker
 
@@ -98,6 +95,9 @@ def training_seconds(
 
 def plot_losses(folder: Path) -> None:
     """Draw `loss.png`: training and validation loss over the optimizer steps."""
+    from matplotlib.figure import Figure  # slow to import; most processes draw nothing
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     metrics = read_metrics(folder)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
