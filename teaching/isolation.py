@@ -61,7 +61,8 @@ def protect(hidden: Sequence[str], scratch: str) -> list[str]:
                     "the end of every process it started"]
     with suppress(OSError):
         if os.geteuid() == 0 and all(
-                folder.stat().st_mode & 0o001 for folder in Path(sys.prefix, "lib").parents):
+                folder.stat().st_mode & 0o001 for prefix in (sys.prefix, sys.base_prefix)
+                for folder in Path(prefix, "lib").parents):
             os.chown(scratch, NOBODY, NOBODY)
             resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
             os.setgroups([])
