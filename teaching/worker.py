@@ -182,7 +182,7 @@ def be_child(request: dict[str, Any], names: Sequence[str], pipe: int, output: i
         while data:
             data = data[os.write(pipe, data):]
 
-    send("holds", protect(request["hidden"], scratch))
+    send("holds", protect(request["hidden"], root, scratch))
     limit(request["seconds"] * len(names), request["memory_mib"])
     os.chdir(scratch)
     os.environ |= {"HOME": scratch, "TMPDIR": scratch, "WANDB_MODE": "disabled"}
