@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -55,6 +56,25 @@ def describe(device: torch.device) -> dict[str, str]:
             "processor": processor[1] if processor else platform.processor(),
             "threads": str(torch.get_num_threads()), "torch": torch.__version__,
             "python": platform.python_version()}
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leave tensors as they are where `torch.nn.init` would fill them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Give the modules that are made here shapes and dtypes, but neither memory nor values.
+
+    To draw from a normal distribution on "meta", torch would import its compiler, for a second.
+    """
+    with torch.device("meta"), _NoDraws():
+        yield
 
 
 def peak_memory(device: torch.device) -> int:

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parent.parent
 SERVER = """
 import importlib, json, os, signal, sys, time
 sys.argv[0] = "script"
+import matplotlib.figure, torch
 import experiments.__main__, pretraining.__main__, train
 from configurator import run_script
+
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler, once for all
 
 CONFIGS = {"train": "TrainConfig", "pretraining.__main__": "PretrainConfig",
            "experiments.__main__": "ExperimentsConfig"}
