@@ -21,6 +21,7 @@ from checkpoints.pretrained import read_shape, read_weights, write_pretrained
 from lora import LoRALinear, is_lora_name, lora_layers
 from runtime.attention import attend
 from runtime.batching import Queue, Step, pad
+from runtime.device import shapes_only
 from runtime.kernels import at_positions, choose_token, cross_entropies, linear
 from runtime.kv_cache import Cache, KeyValue, Prefix, View, join_prefixes, prefix_length
 
@@ -335,7 +336,7 @@ class Decoder(nn.Module):
         files that are missing or out of reach.
         """
         shape = read_shape(name_or_dir, cls.layout)
-        with torch.device("meta"):  # the weights come from the file: do not initialise any
+        with shapes_only():  # the weights come from the file
             model = cls(cls.config_class(**shape, **changes))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
         weights = read_weights(name_or_dir, cls.layout, base)

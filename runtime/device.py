@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,6 +94,34 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
+class PhaseMemory:
+    """The peak memory of each phase of a run, in MiB.
+
+    Where the system cannot forget a peak (not Linux, not CUDA), a phase has that of all before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, float] = {}
+
+    def end(self, phase: str) -> dict[str, float]:
+        """End a phase; return the last peak of each phase so far, and the largest as memory_mib."""
+        peak = peak_memory(self.device) / 2**20
+        self.peaks[f"{phase}_memory_mib"] = peak
+        self.peaks["memory_mib"] = max(peak, self.peaks.get("memory_mib", 0.0))
+        forget_peak_memory(self.device)
+        return dict(self.peaks)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew from what is in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype called `name`; "auto" is the fastest that `device` supports.
 
@@ -145,8 +173,8 @@ def explain_out_of_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "the GPU's memory is full; a smaller batch_size (and more "
-            f"gradient_accumulation_steps) needs less: {error}"
+            "the GPU's memory is full; a smaller batch_size (and more gradient_accumulation_steps) "
+            f"needs less, and so does gradient_checkpointing=True: {error}"
         ) from None
 
 

@@ -151,8 +151,8 @@ def outcome(folder: Path) -> dict[str, object]:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     files = {name: (folder / name).read_bytes() for name in names
              if Path(name).parent.name in ("best", "last", "model")}
-    noise = {"reviews_per_second", "memory_mib", "seconds"}
-    lines = [{key: value for key, value in line.items() if key not in noise}
+    noise = "reviews_per_second", "memory_mib", "seconds"
+    lines = [{key: value for key, value in line.items() if not key.endswith(noise)}
              for path in folder.rglob("metrics.jsonl") for line in read_metrics(path.parent)]
     return {"files": files, "metrics": lines, "names": names}
 

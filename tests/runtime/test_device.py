@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import device as device_module
 from runtime import processes
-from runtime.device import resolve_device, resolve_dtype, shapes_only
+from runtime.device import PhaseMemory, resolve_device, resolve_dtype, shapes_only
 from runtime.metrics import read_metrics
 from train import Run, TrainConfig, train
 
@@ -255,6 +255,19 @@ def test_full_gpu_memory_is_reported_with_the_settings_to_change() -> None:
 
     with pytest.raises(ValueError, match=r"a smaller batch_size .*Tried to allocate 2 GiB"):
         fill()
+
+
+def test_memory_is_told_for_each_phase() -> None:
+    memory = PhaseMemory(torch.device("cpu"))
+    before = memory.end("loading")["loading_memory_mib"]
+    torch.ones(2**25)  # 128 MiB, and forgotten
+    memory.end("training")
+    peaks = memory.end("test")
+    assert peaks.keys() == {
+        "loading_memory_mib", "training_memory_mib", "test_memory_mib", "memory_mib"}
+    assert peaks["memory_mib"] == peaks["training_memory_mib"] > before + 100
+    if sys.platform == "linux":
+        assert peaks["test_memory_mib"] < peaks["training_memory_mib"] - 100
 
 
 def test_second_signal_stops_at_once() -> None:
