@@ -1,8 +1,8 @@
 """The layout of the page: what a visitor sees, and which function fills which part."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -11,14 +11,15 @@ from demo import tabs
 from experiments.escaping import plain
 from experiments.finished_runs import find_runs, load_run
 from experiments.jobs import SharedJob, job_of
+from experiments.selected import EXAMPLES
 from train import TrainConfig
 
 HEAD = """# What did LoRA do?
 Type a film review and look at it in each tab. Every answer is the one that `generate.py` gives."""
 TRAIN = """### There is no finished run yet
 The quickstart trains a small GPT-2 on film reviews, offline, in about two minutes on two cores."""
-EXAMPLES = ["a gorgeous , witty , seductive movie .", "dull , lifeless and far too long .",
-            "it is not without charm , but i was bored ."]
+REVIEWS = ["a gorgeous , witty , seductive movie .", "dull , lifeless and far too long .",
+           "it is not without charm , but i was bored ."]
 ABOUT = {
     "Ask": "The model before training beside the chosen runs: the answer, the probability of each "
            "label, the time. An answer without exactly one label word is garbage.",
@@ -31,22 +32,13 @@ ABOUT = {
 }
 
 
-class Filled(NamedTuple):
-    """A tab, the function that fills it, the components it reads, and where its HTML goes."""
-
-    tab: gr.Tab
-    fill: Callable[..., str]
-    inputs: Sequence[Any]
-    output: gr.HTML
-
-
 def build(root: Path, *settings: str) -> gr.Blocks:
     """Return the page on the runs under `root`; `settings` change the quickstart that it offers."""
     with gr.Blocks(title="What did LoRA do?", analytics_enabled=False) as page:
         gr.Markdown(HEAD)
-        text = gr.Textbox(EXAMPLES[0], lines=2, max_lines=6, submit_btn="Ask", label="Your review",
-                          elem_id="text")
-        gr.Examples(EXAMPLES, text, label="Or one of these", api_visibility="private")
+        text = gr.Textbox(REVIEWS[0], lines=2, max_lines=6, submit_btn="Ask", elem_id="text",
+                          label="Your review, or a question about programming for a run on code")
+        gr.Examples(REVIEWS, text, label="Or one of these", api_visibility="private")
         runs, run, notes, offer = listed = listing(root)
         with gr.Row():
             runs.render()
@@ -55,25 +47,24 @@ def build(root: Path, *settings: str) -> gr.Blocks:
         offer.render()
         with offer:
             trained = offer_training(root, settings)
-        with gr.Tabs():
-            filled = add_tabs(text, runs, run)
-        connect(filled, [text.submit, run.input, runs.input])
+        asked = add_tabs(text, runs, run)
         for started in (page.load, trained):
             started(lambda: listing(root), None, listed, api_visibility="private").then(
-                tabs.ask, [text, runs], filled[0].output, api_visibility="private")
+                tabs.ask, [text, runs], asked, api_visibility="private")
     return page
 
 
 def listing(root: Path) -> list[Any]:
     """Return what depends on the runs under `root`: the choices, a note, the offer to train one."""
     finished, unfinished = find_runs(root)
-    names = list(map(str, finished))
-    lora = [name for name in names if load_run(Path(name)).config.trained == "lora"]
+    configs = {str(path): load_run(path).config for path in finished}
+    names = sorted(configs, key=lambda name: (  # the first ones are chosen: LoRA on reviews
+        configs[name].trained != "lora", configs[name].task != TrainConfig.task))
     notes = "; ".join(map(plain, unfinished))
     return [
         gr.CheckboxGroup(names, value=names[:3], label="Runs to compare in Ask and Curves",
                          elem_id="runs", render=False),
-        gr.Dropdown(names, value=next(iter(lora + names), None), elem_id="run", render=False,
+        gr.Dropdown(names, value=next(iter(names), None), elem_id="run", render=False,
                     label="Run to look into in the other tabs"),
         gr.Markdown(notes and f"Not shown: {notes}.", elem_id="notes", render=False),
         gr.Column(visible=not names, render=False),
@@ -91,46 +82,40 @@ def offer_training(root: Path, settings: Sequence[str]) -> Callable[..., Any]:
     return button.click(job.follow, None, printed, concurrency_limit=None, api_name="train").then
 
 
-def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown) -> list[Filled]:
-    """Add the five tabs, each with its own controls above its HTML."""
+def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown) -> gr.HTML:
+    """Add the five tabs, each with its own controls; return where the first one's HTML goes."""
     factor = gr.Slider(0, 2, 1, step=0.1, label="s, the factor of ΔW", render=False)
     number = gr.Slider(1, 100, 1, step=1, label="Which training example", render=False)
     shots = gr.Slider(0, 8, 0, step=1, label="k, examples before it", render=False)
     fills = ((tabs.ask, text, runs), (tabs.strength, text, run, factor), (tabs.inside, text, run),
              (tabs.curves, runs), (tabs.prompt, run, number, shots))
-    found = [add_tab(name, *each) for name, each in zip(ABOUT, fills, strict=True)]
-    with found[1].tab:
-        button = gr.Button(f"Measure the accuracy over s on {tabs.REVIEWS} validation reviews")
-        button.click(measure, run, gr.HTML(elem_id="accuracy"), api_name="accuracy")
-    return found
+    opened, events = gr.State("Ask"), [text.submit, run.input, runs.input]
+    with gr.Tabs():
+        added = [add_tab(name, opened, events, *each)
+                 for name, each in zip(ABOUT, fills, strict=True)]
+    with added[1][0]:
+        button = gr.Button(f"Measure the accuracy over s on {EXAMPLES} validation reviews")
+        button.click(measure, run, gr.HTML(elem_id="accuracy", padding=False), api_name="accuracy")
+    return added[0][1]
 
 
 def measure(run: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
     return tabs.accuracy(run, progress.tqdm)
 
 
-def add_tab(name: str, fill: Callable[..., str], *inputs: Any) -> Filled:
-    """Add a tab that is filled when it opens and when one of its own controls moves."""
+def add_tab(
+    name: str, opened: gr.State, events: Sequence[Any], fill: Callable[..., str], *inputs: Any
+) -> tuple[gr.Tab, gr.HTML]:
+    """Add a tab; fill it when it opens, when its own controls move, when `events` find it open."""
     with gr.Tab(name) as tab:
         gr.Markdown(ABOUT[name])
         own = [each for each in inputs if not each.is_rendered]
         for each in own:
             each.render()
-        output = gr.HTML(elem_id=fill.__name__)
+        output = gr.HTML(elem_id=fill.__name__, padding=False)
+    tab.select(lambda: name, None, opened, api_visibility="private")
     gr.on([tab.select, *(each.change for each in own)], fill, inputs, output,
           api_name=fill.__name__, trigger_mode="always_last")
-    return Filled(tab, fill, inputs, output)
-
-
-def connect(filled: Sequence[Filled], events: Sequence[Any]) -> None:
-    """Fill the open tab again after each of `events`."""
-    opened = gr.State("Ask")
-    for each in filled:
-        each.tab.select(lambda name=each.tab.label: name, None, opened, api_visibility="private")
-
-    def refresh(values: Mapping[Any, Any]) -> dict[Any, str]:
-        tab = next(each for each in filled if each.tab.label == values[opened])
-        return {tab.output: tab.fill(*(values[component] for component in tab.inputs))}
-
-    gr.on(events, refresh, {opened, *(each for tab in filled for each in tab.inputs)},
-          [each.output for each in filled], api_visibility="private", trigger_mode="always_last")
+    gr.on(events, lambda now, *values: fill(*values) if now == name else gr.skip(),
+          [opened, *inputs], output, api_visibility="private", trigger_mode="always_last")
+    return tab, output

@@ -1,6 +1,5 @@
 """What each tab of the page shows, in HTML: functions of what a visitor chose, and of no state."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 
 from experiments.answerers import Answerer, load, load_finished
-from experiments.escaping import in_words, visible
+from experiments.escaping import in_html, in_words
 from experiments.finished_runs import UNREADABLE, load_run
 from experiments.jobs import job_of
 from experiments.page import section_html
@@ -17,8 +16,6 @@ from experiments.selected import accuracy_section, chances_section, comparison, 
 from generate import GenerateConfig
 
 MOST_CHARACTERS, MOST_WORDS = 10_000, 80
-STRENGTHS = [i / 10 for i in range(21)]
-MEASURED, REVIEWS = [i / 4 for i in range(9)], 200  # of the accuracy, which takes longer
 COPY = "navigator.clipboard.writeText(this.previousSibling.textContent)"
 
 
@@ -29,12 +26,8 @@ def in_a_sentence(fill: Callable[..., str]) -> Callable[..., str]:
         try:
             return fill(*values)
         except (*UNREADABLE, FloatingPointError, NotImplementedError) as error:
-            return f'<p class="sorry" role="alert">{shown(in_words(error))}</p>'
+            return f'<p class="sorry" role="alert">{in_html(in_words(error))}</p>'
     return filled
-
-
-def shown(text: str) -> str:
-    return html.escape(visible(text))
 
 
 def checked(text: str) -> str:
@@ -50,12 +43,13 @@ def card(model: Answerer, text: str, strength: float = 1.0, about: str = "") -> 
     """Return the answer of a model, the probability of each label, and the seconds it took."""
     prediction, seconds = model.answer(text, strength)
     answer = prediction.generated.strip() or "(no words)"
-    parts = [f"<h3>{shown(model.name)}{about}</h3><pre>{shown(answer)}</pre>"]
+    parts = [f"<h3>{in_html(model.name)}{about}</h3><p>{in_html(model.about)}</p>",
+             f"<pre>{in_html(answer)}</pre>"]
     if model.task.choices:
         label = model.task.labels[prediction.label] if prediction.label >= 0 else "garbage"
-        parts += [f'<p>label <b class="label {shown(label)}">{shown(label)}</b></p>']
+        parts += [f'<p>label <b class="label {in_html(label)}">{in_html(label)}</b></p>']
         for word, logprob in zip(model.task.labels, prediction.label_logprobs, strict=True):
-            name, chance = shown(f"P({word})"), f"{math.exp(logprob):.4f}"
+            name, chance = in_html(f"P({word})"), f"{math.exp(logprob):.4f}"
             parts += [f'<p class="chance">{name} = <b>{chance}</b>'
                       f'<meter value="{chance}" aria-label="{name}"></meter></p>']
     cut = model.loader.texts_cut([{model.task.text_field: text}], model.sampler.room)
@@ -79,20 +73,14 @@ def strength(text: str, folder: str, factor: float) -> str:
     """Return the answer with ΔW times `factor`, and the last label's probability over factors."""
     run = load_finished(checked(text) and folder, lora=True)
     answer = f'<div class="cards">{card(run, text, factor, f", ΔW × {factor:g}")}</div>'
-    if not run.task.choices:
-        return answer
-    chances = {each: run.chance_at(each, text) for each in STRENGTHS}
-    return answer + section_html(chances_section(f"P({run.task.labels[-1]})", chances, factor))
+    section = section_html(chances_section(run, text, factor)) if run.task.choices else ""
+    return answer + section
 
 
 @in_a_sentence
-def accuracy(folder: str, track: Callable[[Iterable[float]], Iterable[float]] = iter) -> str:
+def accuracy(folder: str, track: Callable[..., Iterable[float]] = iter) -> str:
     """Return the accuracy on validation reviews over factors of ΔW; `track` shows the progress."""
-    run = load_finished(folder, lora=True)
-    if not run.task.choices:
-        raise ValueError(f"task={run.task.name} has no labels to count.")
-    found = {factor: run.accuracy_at(factor, REVIEWS) for factor in track(MEASURED)}
-    return section_html(accuracy_section(found, len(run.loader.spread("validation", REVIEWS))))
+    return section_html(accuracy_section(load_finished(folder, lora=True), track))
 
 
 @in_a_sentence
@@ -107,14 +95,14 @@ def moved(run: Answerer, words: Sequence[str]) -> str:
     """Return the words before training and with LoRA, each over what leaving it out changes."""
     if len(words) > MOST_WORDS:
         raise ValueError(f"This text has {len(words)} words; this tab takes at most {MOST_WORDS}.")
-    label = shown(f"P({run.task.labels[-1]})")
+    label = in_html(f"P({run.task.labels[-1]})")
     parts = ["<h3>Which words moved the answer?</h3>",
              f"<p>Under each word: the change of {label} when the word is left out.</p>"]
-    for name, factor in ((run.base().name, 0.0), (run.name, 1.0)):
+    for name, factor in (("Before training", 0.0), ("With LoRA", 1.0)):
         whole, changes = run.without_words(words, factor)
         most = max(map(abs, changes)) or 1
-        parts += [f'<h4>{shown(name)}: {label} = {whole:.4f}</h4><p class="words">']
-        parts += [f'<span style="--change: {change / most:.2f}">{shown(word)}'
+        parts += [f'<h4>{name}: {label} = {whole:.4f}</h4><p class="words">']
+        parts += [f'<span style="--change: {change / most:.2f}">{in_html(word)}'
                   f"<small>{change:+.4f}</small></span> "
                   for word, change in zip(words, changes, strict=True)] + ["</p>"]
     return "".join(parts)
@@ -128,7 +116,7 @@ def curves(folders: Sequence[str]) -> str:
     runs = {Path(folder): load_run(Path(folder)) for folder in folders}
     commands = [job_of(folder, run.config).command for folder, run in runs.items()]
     return section_html(comparison(runs)) + "<h3>The commands</h3>" + "".join(
-        f'<p class="command"><code>{shown(line)}</code><button onclick="{COPY}">Copy</button></p>'
+        f'<p class="command"><code>{in_html(line)}</code><button onclick="{COPY}">Copy</button></p>'
         for line in commands)
 
 
@@ -140,6 +128,10 @@ def prompt(folder: str, number: float, shots: float) -> str:
     record = records[(int(number) - 1) % len(records)]
     tokens = prompt_tokens(run.loader, record, int(shots), run.sampler.room)
     counts = Counter(token.role for token in tokens)
-    legend = (f'<span class="{role[:6]}">{role}: {counts[role]} tokens</span>' for role in ROLES)
-    pieces = (f'<span class="{role[:6]}">{shown(piece)}</span>' for piece, role in tokens)
+    legend = (span(role, f"{role}: {counts[role]} tokens") for role in ROLES)
+    pieces = (span(role, in_html(piece).replace("\n", "⏎\n")) for piece, role in tokens)
     return f'<p class="legend">{" ".join(legend)}</p><p class="tokens">{"".join(pieces)}</p>'
+
+
+def span(role: str, text: str) -> str:
+    return f'<span class="{role.split()[0]}">{text}</span>'

@@ -36,7 +36,9 @@ class Answerer:
         self.task, self.settings, self.lock = self.loader.task, subject.settings, Lock()
         trained = config.init_from == "resume"
         self.is_lora = trained and self.settings.trained == "lora"
-        self.name = config.out_dir if trained else f"{Path(config.init_from).name}, before training"
+        self.name = config.out_dir if trained else Path(config.init_from).name
+        method = f"LoRA, r = {self.settings.lora_rank}" if self.is_lora else self.settings.trained
+        self.about = f"{method if trained else 'before training'}; task {self.task.name}"
         self.chance_at = lru_cache(maxsize=4096)(self._chance_at)
         self.accuracy_at = lru_cache(maxsize=64)(self._accuracy_at)
 
@@ -105,5 +107,5 @@ def load_finished(folder: str | None, lora: bool = False) -> Answerer:
     found = load(GenerateConfig(out_dir=folder))
     if lora and not found.is_lora:
         raise ValueError(f"{folder} trained method={found.settings.trained} and has no ΔW: this "
-                         "tab is for LoRA runs.")
+                         "part is for LoRA runs.")
     return found

@@ -1,8 +1,9 @@
 """Sections on runs that somebody selects: a comparison of any of them, and one at any strength."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from experiments.answerers import Answerer
 from experiments.escaping import plain
 from experiments.figures import over_strength, spectra, validation_curves
 from experiments.finished_runs import TrainedRun
@@ -15,6 +16,8 @@ from tasks.scores import markdown_table
 
 COLUMNS = 16  # of singular values in a table
 LOSS = "validation_loss"
+STRENGTHS = [i / 10 for i in range(21)]
+MEASURED, EXAMPLES = [i / 4 for i in range(9)], 200  # of the accuracy, which takes longer
 
 
 def comparison(runs: Mapping[Path, TrainedRun]) -> Section:
@@ -48,15 +51,24 @@ def curve_table(runs: Mapping[Path, TrainedRun], keys: list[str]) -> list[str]:
     return markdown_table(lines)
 
 
-def chances_section(title: str, chances: Mapping[float, float], here: float) -> Section:
-    """Show a label's probability over the factor of ΔW, and mark the factor `here`."""
+def chances_section(run: Answerer, text: str, here: float) -> Section:
+    """Show the last label's probability over the factor of ΔW, and mark the factor `here`."""
+    title = f"P({run.task.labels[-1]})"
+    chances = {factor: run.chance_at(factor, text) for factor in STRENGTHS}
     return Section(f"{title} over s", "", strength_table(title, chances),
                    over_strength(chances, title, here=here))
 
 
-def accuracy_section(accuracies: Mapping[float, float], n: int) -> Section:
-    """Show the accuracy on `n` validation examples over the factor of ΔW."""
-    return Section(f"Accuracy over s, {n} validation reviews", "",
+def accuracy_section(run: Answerer, track: Callable[..., Iterable[float]] = iter) -> Section:
+    """Show the accuracy on validation examples over the factor of ΔW; `track` shows progress.
+
+    Raises ValueError for a task without labels.
+    """
+    if not run.task.choices:
+        raise ValueError(f"task={run.task.name} has no labels to count.")
+    n = len(run.loader.spread("validation", EXAMPLES))
+    accuracies = {factor: run.accuracy_at(factor, EXAMPLES) for factor in track(MEASURED)}
+    return Section(f"Accuracy over s, {n} validation {run.task.noun}", "",
                    strength_table("accuracy", accuracies),
                    over_strength(accuracies, "validation accuracy", n))
 

@@ -36,8 +36,9 @@ class Update(NamedTuple):
 def updates(model: nn.Module) -> Iterator[Update]:
     """Yield the updates of an unmerged `model`, q, k and v apart."""
     for name, layer in lora_layers(model).items():
-        leaf = name.rpartition(".")[2]
-        parts = FUSED.get(leaf, (leaf.removesuffix("_proj"),))
+        *_, block, leaf = name.split(".")
+        short = f"{block}.{leaf}" if leaf == "c_proj" else leaf.removesuffix("_proj")  # GPT-2's two
+        parts = FUSED.get(leaf, (short,))
         yield from _parts(name, layer, parts)
 
 
