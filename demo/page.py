@@ -36,7 +36,7 @@ def build(root: Path, *settings: str) -> gr.Blocks:
     """Return the page on the runs under `root`; `settings` change the quickstart that it offers."""
     with gr.Blocks(title="What did LoRA do?", analytics_enabled=False) as page:
         gr.Markdown(HEAD)
-        text = gr.Textbox(REVIEWS[0], lines=2, max_lines=6, submit_btn="Ask", elem_id="text",
+        text = gr.Textbox(REVIEWS[0], lines=1, max_lines=6, submit_btn="Ask", elem_id="text",
                           label="Your review, or a question about programming for a run on code")
         gr.Examples(REVIEWS, text, label="Or one of these", api_visibility="private")
         runs, run, notes, offer = listed = listing(root)
@@ -63,9 +63,9 @@ def listing(root: Path) -> list[Any]:
     notes = "; ".join(map(plain, unfinished))
     return [
         gr.CheckboxGroup(names, value=names[:3], label="Runs to compare in Ask and Curves",
-                         elem_id="runs", render=False),
+                         elem_id="runs", render=False, min_width=280),
         gr.Dropdown(names, value=next(iter(names), None), elem_id="run", render=False,
-                    label="Run to look into in the other tabs"),
+                    min_width=280, label="Run to look into in the other tabs"),
         gr.Markdown(notes and f"Not shown: {notes}.", elem_id="notes", render=False),
         gr.Column(visible=not names, render=False),
     ]
@@ -95,7 +95,7 @@ def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown) -> gr.H
                  for name, each in zip(ABOUT, fills, strict=True)]
     with added[1][0]:
         button = gr.Button(f"Measure the accuracy over s on {EXAMPLES} validation reviews")
-        button.click(measure, run, gr.HTML(elem_id="accuracy", padding=False), api_name="accuracy")
+        button.click(measure, run, gr.HTML(elem_id="accuracy"), api_name="accuracy")
     return added[0][1]
 
 
@@ -112,7 +112,7 @@ def add_tab(
         own = [each for each in inputs if not each.is_rendered]
         for each in own:
             each.render()
-        output = gr.HTML(elem_id=fill.__name__, padding=False)
+        output = gr.HTML(elem_id=fill.__name__)
     tab.select(lambda: name, None, opened, api_visibility="private")
     gr.on([tab.select, *(each.change for each in own)], fill, inputs, output,
           api_name=fill.__name__, trigger_mode="always_last")

@@ -53,13 +53,9 @@ class Answerer:
         (prediction,) = self.predict([{self.task.text_field: text}], strength)
         return prediction, time.perf_counter() - started
 
-    def chances(self, texts: Sequence[str], strength: float = 1.0) -> list[float]:
-        """Return the probability of the task's last label (positive) for each text."""
-        found = self.predict([{self.task.text_field: text} for text in texts], strength)
-        return [math.exp(prediction.label_logprobs[-1]) for prediction in found]
-
     def _chance_at(self, strength: float, text: str) -> float:
-        return self.chances([text], strength)[0]
+        """Return the probability of the task's last label (positive)."""
+        return math.exp(self.answer(text, strength)[0].label_logprobs[-1])
 
     def _accuracy_at(self, strength: float, limit: int) -> float:
         """Return the accuracy on `limit` validation examples."""
@@ -69,7 +65,7 @@ class Answerer:
     def without_words(self, words: Sequence[str], strength: float) -> tuple[float, list[float]]:
         """Return the last label's probability, and its change when each word is left out."""
         shorter = [[*words[:i], *words[i + 1 :]] for i in range(len(words))]
-        whole, *others = self.chances([" ".join(each) for each in (words, *shorter)], strength)
+        whole, *others = (self.chance_at(strength, " ".join(each)) for each in (words, *shorter))
         return whole, [chance - whole for chance in others]
 
     def singular_values(self) -> dict[str, list[list[float]]]:
