@@ -4,7 +4,6 @@ pip install -r requirements-demo.txt && python -m demo     the runs under out/
 python -m demo out_dir=out/quickstart port=8000
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,14 +23,12 @@ class DemoConfig:
 
 
 def main(config: DemoConfig) -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio as gr
 
         from demo.page import build
     except ModuleNotFoundError as error:
-        raise ValueError(f"the page needs {error.name}: pip install -r requirements-demo.txt"
-                         ) from None
+        raise ValueError(f"{error.name} is missing: pip install -r requirements-demo.txt") from None
     set_up_memory()
     build(Path(config.out_dir)).launch(
         server_name="127.0.0.1", server_port=config.port or None, share=config.share,

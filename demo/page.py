@@ -21,14 +21,11 @@ The quickstart trains a small GPT-2 on film reviews, offline, in about two minut
 REVIEWS = ["a gorgeous , witty , seductive movie .", "dull , lifeless and far too long .",
            "it is not without charm , but i was bored ."]
 ABOUT = {
-    "Ask": "The model before training beside the chosen runs: the answer, the probability of each "
-           "label, the time. An answer without exactly one label word is garbage.",
-    "The strength of LoRA": "LoRA adds an update ΔW to the weights. The slider multiplies it by s: "
-                            "0 is the model before training, 1 the trained one.",
-    "Inside": "What moved the answer, and how large ΔW is in each layer.",
+    "Ask": "What the model before training and your runs answer. Without one label: garbage.",
+    "The strength of LoRA": "s multiplies LoRA's update ΔW: 0 is the base, 1 the trained model.",
+    "Inside": "Which words moved the answer, and how large ΔW is in each layer.",
     "Curves": "How the chosen runs learned, their scores on the test split, and their commands.",
-    "Prompts": "A training example as the model reads it, token by token. All examples share a "
-               "prefix; training learns only the supervised tokens.",
+    "Prompts": "A training example, token by token. Training learns only the supervised tokens.",
 }
 
 
@@ -38,16 +35,15 @@ def build(root: Path, *settings: str) -> gr.Blocks:
         gr.Markdown(HEAD)
         text = gr.Textbox(REVIEWS[0], lines=1, max_lines=6, submit_btn="Ask", elem_id="text",
                           label="Your review, or a question about programming for a run on code")
-        gr.Examples(REVIEWS, text, label="Or one of these", api_visibility="private")
+        examples = gr.Examples(REVIEWS, text, label="Or one of these", api_visibility="private")
         runs, run, notes, offer = listed = listing(root)
         with gr.Row():
-            runs.render()
-            run.render()
-        notes.render()
-        offer.render()
+            runs.render(), run.render()
+        notes.render(), offer.render()
         with offer:
             trained = offer_training(root, settings)
-        asked = add_tabs(text, runs, run)
+        events = [text.submit, examples.load_input_event.then, run.input, runs.input]
+        asked = add_tabs(text, runs, run, events)
         for started in (page.load, trained):
             started(lambda: listing(root), None, listed, api_visibility="private").then(
                 tabs.ask, [text, runs], asked, api_visibility="private")
@@ -64,8 +60,8 @@ def listing(root: Path) -> list[Any]:
     return [
         gr.CheckboxGroup(names, value=names[:3], label="Runs to compare in Ask and Curves",
                          elem_id="runs", render=False, min_width=280),
-        gr.Dropdown(names, value=next(iter(names), None), elem_id="run", render=False,
-                    min_width=280, label="Run to look into in the other tabs"),
+        gr.Dropdown(names, value=names[0] if names else None, elem_id="run", render=False,
+                    label="Run to look into in the other tabs", min_width=280),
         gr.Markdown(notes and f"Not shown: {notes}.", elem_id="notes", render=False),
         gr.Column(visible=not names, render=False),
     ]
@@ -82,14 +78,14 @@ def offer_training(root: Path, settings: Sequence[str]) -> Callable[..., Any]:
     return button.click(job.follow, None, printed, concurrency_limit=None, api_name="train").then
 
 
-def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown) -> gr.HTML:
+def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown, events: list) -> gr.HTML:
     """Add the five tabs, each with its own controls; return where the first one's HTML goes."""
     factor = gr.Slider(0, 2, 1, step=0.1, label="s, the factor of ΔW", render=False)
     number = gr.Slider(1, 100, 1, step=1, label="Which training example", render=False)
     shots = gr.Slider(0, 8, 0, step=1, label="k, examples before it", render=False)
     fills = ((tabs.ask, text, runs), (tabs.strength, text, run, factor), (tabs.inside, text, run),
              (tabs.curves, runs), (tabs.prompt, run, number, shots))
-    opened, events = gr.State("Ask"), [text.submit, run.input, runs.input]
+    opened = gr.State("Ask")
     with gr.Tabs():
         added = [add_tab(name, opened, events, *each)
                  for name, each in zip(ABOUT, fills, strict=True)]
@@ -116,6 +112,7 @@ def add_tab(
     tab.select(lambda: name, None, opened, api_visibility="private")
     gr.on([tab.select, *(each.change for each in own)], fill, inputs, output,
           api_name=fill.__name__, trigger_mode="always_last")
-    gr.on(events, lambda now, *values: fill(*values) if now == name else gr.skip(),
-          [opened, *inputs], output, api_visibility="private", trigger_mode="always_last")
+    for event in events:
+        event(lambda now, *values: fill(*values) if now == name else gr.skip(),
+              [opened, *inputs], output, api_visibility="private", trigger_mode="always_last")
     return tab, output

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 
-from experiments.answerers import Answerer, load, load_finished
+from experiments.answerers import Answerer, checked, load, load_finished
 from experiments.escaping import in_html, in_words
 from experiments.finished_runs import UNREADABLE, load_run
 from experiments.jobs import job_of
@@ -15,7 +15,6 @@ from experiments.prompt_tokens import ROLES, prompt_tokens
 from experiments.selected import accuracy_section, chances_section, comparison, spectrum_section
 from generate import GenerateConfig
 
-MOST_CHARACTERS, MOST_WORDS = 10_000, 80
 COPY = "navigator.clipboard.writeText(this.previousSibling.textContent)"
 
 
@@ -28,15 +27,6 @@ def in_a_sentence(fill: Callable[..., str]) -> Callable[..., str]:
         except (*UNREADABLE, FloatingPointError, NotImplementedError) as error:
             return f'<p class="sorry" role="alert">{in_html(in_words(error))}</p>'
     return filled
-
-
-def checked(text: str) -> str:
-    if not text.strip():
-        raise ValueError("Type a review first: this text holds no words.")
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"This text has {len(text):,} characters; the page takes at most "
-                         f"{MOST_CHARACTERS:,}.")
-    return text
 
 
 def card(model: Answerer, text: str, strength: float = 1.0, about: str = "") -> str:
@@ -93,8 +83,6 @@ def inside(text: str, folder: str) -> str:
 
 def moved(run: Answerer, words: Sequence[str]) -> str:
     """Return the words before training and with LoRA, each over what leaving it out changes."""
-    if len(words) > MOST_WORDS:
-        raise ValueError(f"This text has {len(words)} words; this tab takes at most {MOST_WORDS}.")
     label = in_html(f"P({run.task.labels[-1]})")
     parts = ["<h3>Which words moved the answer?</h3>",
              f"<p>Under each word: the change of {label} when the word is left out.</p>"]
@@ -128,10 +116,7 @@ def prompt(folder: str, number: float, shots: float) -> str:
     record = records[(int(number) - 1) % len(records)]
     tokens = prompt_tokens(run.loader, record, int(shots), run.sampler.room)
     counts = Counter(token.role for token in tokens)
-    legend = (span(role, f"{role}: {counts[role]} tokens") for role in ROLES)
-    pieces = (span(role, in_html(piece).replace("\n", "⏎\n")) for piece, role in tokens)
-    return f'<p class="legend">{" ".join(legend)}</p><p class="tokens">{"".join(pieces)}</p>'
-
-
-def span(role: str, text: str) -> str:
-    return f'<span class="{role.split()[0]}">{text}</span>'
+    legend = (f'<span class="{role}">{role}: {counts[role]} tokens</span>' for role in ROLES)
+    pieces = "".join(f'<span class="{role}">{in_html(piece)}</span>' for piece, role in tokens)
+    shown = pieces.replace("\n", "⏎\n")
+    return f'<p class="legend">{" ".join(legend)}</p><p class="tokens">{shown}</p>'

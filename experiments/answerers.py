@@ -18,6 +18,7 @@ from runtime.run_folder import is_finished
 from tasks.sources import Record
 
 MOST_MODELS = 6  # kept in memory
+MOST_CHARACTERS, MOST_WORDS = 10_000, 80
 LOADING = Lock()
 
 
@@ -63,7 +64,13 @@ class Answerer:
         return self.task.summarize(records, self.predict(records, strength))["accuracy"]
 
     def without_words(self, words: Sequence[str], strength: float) -> tuple[float, list[float]]:
-        """Return the last label's probability, and its change when each word is left out."""
+        """Return the last label's probability, and its change when each word is left out.
+
+        Raises ValueError for more than `MOST_WORDS` words, because each is a question.
+        """
+        if len(words) > MOST_WORDS:
+            raise ValueError(f"This text has {len(words)} words; leaving out each in turn takes at "
+                             f"most {MOST_WORDS}.")
         shorter = [[*words[:i], *words[i + 1 :]] for i in range(len(words))]
         whole, *others = (self.chance_at(strength, " ".join(each)) for each in (words, *shorter))
         return whole, [chance - whole for chance in others]
@@ -73,9 +80,20 @@ class Answerer:
             return singular_values(updates(self.sampler.model))
 
     def base(self) -> "Answerer":
-        """Return the model before training, which is asked the same."""
+        """Return the model before training, which is asked the same in the same precision."""
         asked = ("init_from", "task", "dataset", "prompt", "block_size")
-        return load(GenerateConfig(**{name: getattr(self.settings, name) for name in asked}))
+        return load(GenerateConfig(dtype=dtype_name(self.sampler.dtype), **{
+            name: getattr(self.settings, name) for name in asked}))
+
+
+def checked(text: str) -> str:
+    """Return a text that somebody typed; raise ValueError if it is empty or far too long."""
+    if not text.strip():
+        raise ValueError("Type a text first: this one holds no words.")
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"This text has {len(text):,} characters; at most {MOST_CHARACTERS:,} "
+                         "are taken.")
+    return text
 
 
 @lru_cache(maxsize=MOST_MODELS)

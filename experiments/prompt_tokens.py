@@ -8,7 +8,7 @@ from runtime.batching import common_prefix
 from tasks.demonstrations import ShotsConfig
 from tasks.sources import Record
 
-SHARED, TEXT, INSTRUCTION, SUPERVISED = "shared prefix", "text", "instruction", "supervised"
+SHARED, TEXT, INSTRUCTION, SUPERVISED = "shared", "text", "instruction", "supervised"
 ROLES = (SHARED, TEXT, INSTRUCTION, SUPERVISED)
 NEIGHBOURS = 200  # training examples that decide what all prompts share
 
@@ -31,7 +31,7 @@ def prompt_tokens(loader: CustomDataLoader, record: Record, shots: int, room: in
     ids, answer = loader.encode(record)
     others = [loader.encode_prompt(other) for other in loader.records("train")[:NEIGHBOURS]]
     shared, decode = len(common_prefix([ids, *others])), loader.tokenizer.decode
-    start, end = text_span(decode(ids), record[loader.task.text_field], loader.task.template)
+    start, end = text_span(decode(ids), record[loader.task.text_field])
     found, place = [], 0
     for number, token in enumerate(ids, 1):
         before, place = place, len(decode(ids[:number], errors="ignore"))
@@ -41,8 +41,9 @@ def prompt_tokens(loader: CustomDataLoader, record: Record, shots: int, room: in
     return found + [Token(decode([token]), SUPERVISED) for token in answer]
 
 
-def text_span(prompt: str, text: str, template: str) -> tuple[int, int]:
-    """Return where the `text`, which may be cut at its end, begins and ends in a prompt."""
-    start, after = prompt.rfind(text[:20]), template.rpartition("{text}")[2]
-    behind = prompt.rfind(after) if after else len(prompt)
-    return start, min(start + len(text), behind)
+def text_span(prompt: str, text: str) -> tuple[int, int]:
+    """Return where the last `text` of a prompt, which may be cut at its end, begins and ends."""
+    while text not in prompt:
+        text = text[:-1]
+    start = prompt.rindex(text)
+    return start, start + len(text)
