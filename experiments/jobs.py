@@ -250,7 +250,8 @@ class SharedJob:
 
     def printed(self) -> str:
         """Return the last twelve lines of its log, and of a progress bar the last state."""
-        lines = self.job.last_attempt.rstrip().split("\n")[-12:]
+        text = self.job.log.read_bytes().decode("utf-8", "replace").rpartition(ATTEMPT)[2]
+        lines = text.rstrip().split("\n")[-12:]
         return "\n".join(line.rstrip().rpartition("\r")[2] for line in lines)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 REVIEW = "dull , but train film 3 is witty"
 SETTINGS = ("max_iters=2", "eval_interval=1", "train_size=64", "test_size=16", "device=cpu",
             "dtype=float32", "eval_iters=1")
-NUMBER = r"P\(\w+\) = (\d\.\d{4})"
+NUMBER = r"P\(\w+\) =\s*(\d\.\d{4})"
 
 
 @pytest.fixture(scope="module")
