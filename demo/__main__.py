@@ -10,6 +10,7 @@ from typing import Annotated
 
 from checkpoints.files import local_path
 from configurator import Bounds, run_script
+from experiments.jobs import treat_as_ctrl_c
 from runtime.device import set_up_memory
 
 
@@ -30,6 +31,7 @@ def main(config: DemoConfig) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install -r requirements-demo.txt") from None
     set_up_memory()
+    treat_as_ctrl_c("SIGTERM", "SIGHUP")  # a training that the page started saves its state first
     build(Path(config.out_dir)).launch(
         server_name="127.0.0.1", server_port=config.port or None, share=config.share,
         css_paths=Path(__file__).with_name("style.css"), footer_links=[], ssr_mode=False,

@@ -21,11 +21,11 @@ The quickstart trains a small GPT-2 on film reviews, offline, in about two minut
 REVIEWS = ["a gorgeous , witty , seductive movie .", "dull , lifeless and far too long .",
            "it is not without charm , but i was bored ."]
 ABOUT = {
-    "Ask": "What the model before training and your runs answer. Without one label: garbage.",
+    "Ask": "What the base model and your runs answer. Without exactly one label it is garbage.",
     "The strength of LoRA": "s multiplies LoRA's update ΔW: 0 is the base, 1 the trained model.",
     "Inside": "Which words moved the answer, and how large ΔW is in each layer.",
     "Curves": "How the chosen runs learned, their scores on the test split, and their commands.",
-    "Prompts": "A training example, token by token. Training learns only the supervised tokens.",
+    "Prompts": "The tokens of a training example: the prefix that all share, the text, the answer.",
 }
 
 

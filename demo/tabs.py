@@ -40,7 +40,7 @@ def card(model: Answerer, text: str, strength: float = 1.0, about: str = "") -> 
         parts += [f'<p>label <b class="label {in_html(label)}">{in_html(label)}</b></p>']
         for word, logprob in zip(model.task.labels, prediction.label_logprobs, strict=True):
             name, chance = in_html(f"P({word})"), f"{math.exp(logprob):.4f}"
-            parts += [f'<p class="chance">{name} = <b>{chance}</b>'
+            parts += [f'<p class="chance"><span>{name} =</span> <b>{chance}</b>'
                       f'<meter value="{chance}" aria-label="{name}"></meter></p>']
     cut = model.loader.texts_cut([{model.task.text_field: text}], model.sampler.room)
     note = f"; the text is cut to fit into {model.loader.block_size} tokens" if cut else ""
@@ -86,9 +86,9 @@ def moved(run: Answerer, words: Sequence[str]) -> str:
     label = in_html(f"P({run.task.labels[-1]})")
     parts = ["<h3>Which words moved the answer?</h3>",
              f"<p>Under each word: the change of {label} when the word is left out.</p>"]
-    for name, factor in (("Before training", 0.0), ("With LoRA", 1.0)):
-        whole, changes = run.without_words(words, factor)
-        most = max(map(abs, changes)) or 1
+    found = [run.without_words(words, factor) for factor in (0.0, 1.0)]
+    most = max(abs(change) for _, changes in found for change in changes) or 1
+    for name, (whole, changes) in zip(("Before training", "With LoRA"), found, strict=True):
         parts += [f'<h4>{name}: {label} = {whole:.4f}</h4><p class="words">']
         parts += [f'<span style="--change: {change / most:.2f}">{in_html(word)}'
                   f"<small>{change:+.4f}</small></span> "
@@ -99,8 +99,6 @@ def moved(run: Answerer, words: Sequence[str]) -> str:
 @in_a_sentence
 def curves(folders: Sequence[str]) -> str:
     """Return the validation curves of the runs, the report's tables, and their commands."""
-    if not folders:
-        raise ValueError("Choose a run above.")
     runs = {Path(folder): load_run(Path(folder)) for folder in folders}
     commands = [job_of(folder, run.config).command for folder, run in runs.items()]
     return section_html(comparison(runs)) + "<h3>The commands</h3>" + "".join(

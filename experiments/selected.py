@@ -21,7 +21,12 @@ MEASURED, EXAMPLES = [i / 4 for i in range(9)], 200  # of the accuracy, which ta
 
 
 def comparison(runs: Mapping[Path, TrainedRun]) -> Section:
-    """Return the validation curves of runs of any tasks, and the report's table of each task."""
+    """Return the validation curves of runs of any tasks, and the report's table of each task.
+
+    Raises ValueError if there is no run.
+    """
+    if not runs:
+        raise ValueError("Choose a run.")
     rows = [Row(str(folder), {"lora_rank": run.config.lora_rank}, [job_of(folder, run.config)], {})
             for folder, run in runs.items()]
     series = [(str(folder), [run.metrics]) for folder, run in runs.items()]

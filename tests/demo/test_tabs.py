@@ -22,7 +22,7 @@ ODD = "${alert(1)} {{x}} <img src=x onerror=alert(2)> & \"q\" \x00 \u202e $x$ |"
 
 
 def chances(shown: str) -> list[str]:
-    return re.findall(r"P\(\w+\) = <b>(\d\.\d{4})</b>", shown)
+    return re.findall(r"P\(\w+\) =</span> <b>(\d\.\d{4})</b>", shown)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -135,5 +135,5 @@ def test_runs_that_cannot_be_shown_get_a_sentence(
     for shown in (tabs.strength(TEXT, bitfit, 1.0), tabs.accuracy(bitfit),
                   tabs.inside(TEXT, bitfit)):
         assert "trained method=bitfit and has no ΔW: this part is for LoRA runs." in sentence(shown)
-    assert sentence(tabs.curves([])) == "Choose a run above."
+    assert sentence(tabs.curves([])) == "Choose a run."
     assert "are too long" in sentence(tabs.prompt(lora, 1, 8))
