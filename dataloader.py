@@ -18,7 +18,7 @@ from methods.dpo import PreferenceConfig
 from methods.pairs import Pair, PairBatch, collate_pairs
 from model import IGNORE, Decoder, DecoderConfig
 from models.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
-from runtime.batching import by_length, common_prefix, epoch_order
+from runtime.batching import by_length, common_prefix, epoch_order, pad
 from runtime.kv_cache import Prefix
 from tasks.base import Task, prompt_template
 from tasks.demonstrations import Demonstrations, ShotsConfig, draw, draw_demonstrations
@@ -79,12 +79,11 @@ class Batch:
 
     def measure(self, model: Decoder, past: Prefix) -> Tensor:
         """Return the loss in nats a supervised token, (1,); `past` is the prefix, prefilled."""
-        _, loss = model(self.inputs, self.targets, past)
-        return loss[None]
+        return model.nats(self.inputs, self.targets, past).mean()[None]
 
     def log_probs(self, model: Decoder, past: Prefix) -> Tensor:
         """Return the log-probability of each row's whole answer, (B,), in nats."""
-        _, nats = model(self.inputs, self.targets, past, reduction="none")
+        nats = model.nats(self.inputs, self.targets, past)
         supervised = self.targets != IGNORE  # (B, T)
         return -nats.new_zeros(supervised.shape).masked_scatter(supervised, nats).sum(dim=1)
 
@@ -113,12 +112,6 @@ def collate(examples: Sequence[Example], prefix: list[int]) -> Batch:
         targets.append([IGNORE] * (len(prompt) - start - 1) + answer)
     shared = torch.tensor([prefix], dtype=torch.long)  # (1, P), also for P = 0
     return Batch(shared, pad(inputs, value=0), pad(targets, IGNORE))
-
-
-def pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    """Return `rows` as one tensor (B, T), padded on the right with `value`."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 class CustomDataLoader:

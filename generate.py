@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.files import anchored, atomic_write, local_path, slug, writable_folder, write_json
 from checkpoints.pretrained import checkpoint_digest
 from configurator import Bounds, run_script
-from dataloader import CustomDataLoader, DataConfig, make_loader, pad
+from dataloader import CustomDataLoader, DataConfig, make_loader
 from methods.build import MethodConfig, load_checkpoint
 from model import Decoder
 from models.export import export_model
 from models.families import load_decoder
 from models.tokenizer import Tokenizer, load_tokenizer
-from runtime.batching import by_length
 from runtime.device import (
     DeviceConfig,
     autocast,
@@ -37,7 +35,6 @@ from runtime.device import (
     resolve_dtype,
     set_up_memory,
 )
-from runtime.kv_cache import Prefix
 from runtime.processes import (
     gather_shares,
     leave_job_at_the_end,
@@ -120,8 +117,8 @@ class Subject(NamedTuple):
 class ModelSampler:
     """Generate the answers of `model` to the prompts of a task.
 
-    Prompts run in batches of similar length behind their cached common prefix, with the adapters
-    merged. A batch stops as soon as all of its rows have ended. `max_new_tokens=0` is the task's
+    Prompts run in batches behind their cached common prefix, with the adapters merged; as soon as
+    answers have ended, the next prompts take their places. `max_new_tokens=0` is the task's
     limit, or half of the sequence if that is less. With `calibrate` a label is also chosen by how
     much likelier it is than in the answers to texts without content.
     """
@@ -173,27 +170,22 @@ class ModelSampler:
     def _complete(self, prompts: list[list[int]], limit: int, progress: str) -> list[tuple]:
         """Return for each prompt: text, tokens, whether it ended, log-probability of choices."""
         prefix = self.loader.prefix(prompts)
-        past = self.model.prefill(self._tensor([prefix]).long())
-        own = [prompt[len(prefix) :] for prompt in prompts]
-        found: dict[int, tuple] = {}
-        parts = by_length(list(map(len, own)), self.batch_size)
-        for batch in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
-            said = self._continue([own[i] for i in batch], limit, past)
-            found.update(zip(batch, said, strict=True))
-        return [found[i] for i in range(len(prompts))]
-
-    def _continue(self, prompts: list[list[int]], limit: int, past: Prefix) -> list[tuple]:
-        """Continue a batch of `prompts`, given without the prefix that `past` holds."""
-        lengths = self._tensor([len(prompt) for prompt in prompts])
-        odds: list[list[float]] = []
-        tokens = []
-        for logits, token in self.model.stream(
-            self._tensor(pad(prompts, value=0)), limit, self.temperature, self.top_k, past, lengths,
+        past = self.model.prefill(torch.tensor([prefix], device=self.model.device).long())
+        said: list[list[int]] = [[] for _ in prompts]
+        odds: dict[int, list[float]] = {}
+        bar = tqdm(total=len(prompts), desc=progress, disable=not progress, leave=False)
+        for step in self.model.stream(
+            [prompt[len(prefix) :] for prompt in prompts], limit, self.temperature, self.top_k,
+            past, self.batch_size,
         ):
-            odds = odds or logits.log_softmax(dim=-1)[:, self.choice_ids].tolist()  # (B, choices)
-            tokens.append(token)
-        said = torch.cat(tokens, dim=1).tolist()  # (B, new tokens)
-        return [(*self._text(ids), row) for ids, row in zip(said, odds, strict=True)]
+            new = sum(row not in odds for row in step.rows)  # they stand last
+            first = step.logits[len(step.rows) - new :].log_softmax(dim=-1)[:, self.choice_ids]
+            odds.update(zip(step.rows[len(step.rows) - new :], first.tolist(), strict=True))
+            for row, (token,) in zip(step.rows, step.tokens.tolist(), strict=True):
+                said[row].append(token)
+            bar.update(new)
+        bar.close()
+        return [(*self._text(ids), odds[row]) for row, ids in enumerate(said)]
 
     def describe(self) -> dict[str, Any]:
         """Return the settings and the data that the answers depend on."""
@@ -207,15 +199,12 @@ class ModelSampler:
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Return the text up to its end, its number of tokens, and whether it ended by itself."""
-        ends = self.model.config.end_of_text
-        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = self.loader.tokenizer.decode(ids[:length])
+        ended = ids[-1] in self.model.config.end_of_text
+        ids = ids[:-1] if ended else ids
+        text = self.loader.tokenizer.decode(ids)
         if (own := self.loader.demonstrations.cut(text)) != text:
             return own, len(self.loader.encode_answer(own)), True
-        return text, length, length < len(ids)
-
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.as_tensor(values, device=self.model.device)
+        return text, len(ids), ended
 
 
 def predict_labels(dataset: Sequence[Record], sampler: ModelSampler) -> list[int]:

@@ -6,7 +6,7 @@ shared prefix, S tokens of a row after it, W positions that need an output, C wi
 heads, K heads of keys and values (here H), D features of a head (here C / H), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from checkpoints.layouts import END_OF_TEXT, GPT2, Layout
 from checkpoints.pretrained import read_shape, read_weights, write_pretrained
 from lora import LoRALinear, is_lora_name, lora_layers
-from runtime.kernels import at_positions, attend, choose_token, linear
+from runtime.attention import attend
+from runtime.batching import Queue, Step, pad
+from runtime.kernels import at_positions, choose_token, cross_entropies, linear
 from runtime.kv_cache import Cache, KeyValue, Prefix, View, join_prefixes, prefix_length
 
 IGNORE = -100  # target of a position that is not supervised
@@ -201,45 +203,51 @@ class Decoder(nn.Module):
         return self.head.device
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None,
-        reduction: str = "mean",
+        self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
 
         Without `targets` the logits are (B, T, V) and the loss is None. `targets` (B, T) holds the
         token after each position, or -100 where none is supervised. With it the logits are
         (supervised positions, V) in row-major order and the loss is their mean cross-entropy in
-        nats per token; with `reduction="none"` it is the cross-entropy of each position.
-
-        Raises ValueError if the sequence with its past is longer than the block size.
+        nats per token. Raises ValueError if the tokens are more than the block size.
         """
-        past = past or self.learned_prefix()
-        self._check_length(idx.size(1) + prefix_length(past))
         if targets is None:
-            return self._head(self._run_blocks(idx, past)[0]), None
+            return self._head(self._run_blocks(idx, self._before(idx, past))[0]), None
+        logits = self._head(self._states_at(idx, targets, past))
+        return logits, F.cross_entropy(logits, targets[targets != IGNORE])
+
+    def nats(self, idx: Tensor, targets: Tensor, past: Prefix | None = None) -> Tensor:
+        """Return the cross-entropy (supervised positions,) without all logits at once."""
+        x = self._states_at(idx, targets, past)
+        with torch.autocast(x.device.type, enabled=False):
+            return cross_entropies(x.to(self.head.dtype), self.head, targets[targets != IGNORE])
+
+    def _states_at(self, idx: Tensor, targets: Tensor, past: Prefix | None) -> Tensor:
+        """Return the final hidden states at the supervised positions, in row-major order."""
         supervised = targets != IGNORE  # (B, T)
         # Each row's supervised positions in order; rows with fewer are filled with other positions.
         most = int(supervised.sum(dim=1).max())
         at = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
-        x, _ = self._run_blocks(idx, past, at)
-        logits = self._head(x[supervised.gather(1, at)])
-        return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
+        x, _ = self._run_blocks(idx, self._before(idx, past), at)
+        return x[supervised.gather(1, at)]
 
     def prefill(self, idx: Tensor) -> Prefix:
         """Return, to use as `past`, a learned prefix and then `idx` (1, P), differentiable."""
         if len(idx) != 1:
             raise ValueError(f"all rows share a prefix: it is 1 sequence, not {len(idx)}")
-        learned = self.learned_prefix()
+        learned = self._before(idx)
         if not idx.numel():
             return learned
-        self._check_length(idx.size(1) + prefix_length(learned))
         own = self._run_blocks(idx, learned, at=idx.new_empty(1, 0))[1]
         return join_prefixes(learned, own)
 
-    def _check_length(self, length: int) -> None:
-        limit = self.config.block_size
-        if length > limit:
+    def _before(self, idx: Tensor, past: Prefix | None = None) -> Prefix:
+        """Return what stands before `idx` (B, T): `past`, or a learned prefix; check the length."""
+        past, limit = past or self.learned_prefix(), self.config.block_size
+        if (length := idx.size(1) + prefix_length(past)) > limit:
             raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
+        return past
 
     def _run_blocks(
         self, idx: Tensor, prefix: Prefix | None = None, at: Tensor | None = None,
@@ -248,12 +256,11 @@ class Decoder(nn.Module):
         """Return the final hidden states of `idx` (B, T), and its keys and values in each layer.
 
         The states are (B, T, C), or (B, W, C) at the positions `at` (B, W): the last block computes
-        only keys and values at all others. An empty `cache` takes the prompts, a used one the next
-        token of each row.
+        only keys and values at all others. A `cache` takes prompts, or the next token of each row.
         """
         P, T = prefix_length(prefix), idx.size(1)
         positions, mask = torch.arange(P, P + T, device=idx.device), None
-        if cache is not None and cache.used:
+        if cache is not None and cache.joining is None:
             positions, mask = P + cache.next_positions(), cache.next_mask()
         x, rotation = self.embed(idx, positions), self.rotation(positions)  # (B, T, C)
         keys_and_values = []
@@ -280,50 +287,42 @@ class Decoder(nn.Module):
 
         Rows that have ended are padded with end-of-text; generation stops when all have ended.
         """
-        steps = self.stream(idx, max_new_tokens, temperature, top_k, past)
-        return torch.cat([idx, *(token for _, token in steps)], dim=1)
+        new: list[list[int]] = [[] for _ in idx]
+        for step in self.stream(idx.tolist(), max_new_tokens, temperature, top_k, past):
+            for row, token in zip(step.rows, step.tokens.tolist(), strict=True):
+                new[row] += token
+        return torch.cat([idx, pad(new, self.config.end_of_text[0]).to(idx)], dim=1)
 
     @torch.no_grad()
     def stream(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        past: Prefix | None = None, lengths: Tensor | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each step the logits (B, V) and the tokens (B, 1) chosen from them.
+        self, prompts: Sequence[list[int]], max_new_tokens: int | Sequence[int],
+        temperature: float = 1.0, top_k: int | None = None, past: Prefix | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Step]:
+        """Yield the next token of each running row of `prompts`, step by step.
 
-        Rows of different `lengths` (B,) are padded on the right. temperature=0 or top_k=1 is
-        greedy. Without `past` and `lengths`, generation continues beyond the block size with the
-        last `block_size` tokens.
+        `batch_size` rows run at once, all by default; one that has ended leaves, and another takes
+        its place. Each may have a limit of new tokens of its own. temperature=0 or top_k=1 is
+        greedy. Without `past` a row continues beyond the block size, from its last tokens.
 
         Raises ValueError for a row without tokens, for a negative `temperature` or `top_k`, or if
-        rows with a `past` or with `lengths` would exceed the block size.
+        a row after `past` would exceed the block size.
         """
-        limit, past = self.config.block_size, past or self.learned_prefix()
-        room = limit - prefix_length(past)
-        longest = idx.size(1) if lengths is None else int(lengths.max())
-        if not idx.size(1) or (lengths is not None and int(lengths.min()) < 1):
-            raise ValueError("each prompt needs at least one token")
-        if (past or lengths is not None) and longest + max_new_tokens - 1 > room:
-            raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={limit}")
-        context = tokens = idx[:, :longest][:, -room:]  # (B, T)
-        B, T = context.shape
-        lengths = idx.new_full((B,), T) if lengths is None else lengths
-        cache = Cache(lengths, slots=min(T + max_new_tokens - 1, room))
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        ends = torch.tensor(self.config.end_of_text, device=idx.device)
-        for _ in range(max_new_tokens):
-            if cache.is_full():  # the window slides, which changes the position of every token
-                cache.restart(torch.full_like(lengths, room))
-                tokens = context
+        past, size = past or self.learned_prefix(), self.config.block_size
+        window = size - prefix_length(past)
+        queue = Queue(prompts, max_new_tokens, batch_size, window, self.config.end_of_text)
+        if past and queue.longest > window + 1:  # the last token is not computed
+            raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={size}")
+        cache, tokens = Cache(queue.places, queue.slots), torch.empty(0, 1, device=self.device)
+        while (joining := queue.admit()) or queue.rows:
             last = [self._run_blocks(part, past, at, cache)[0][:, -1]  # (B, C)
-                    for part, at in cache.turns(tokens)]
-            logits = self._head(torch.cat(last))  # (B, V)
+                    for part, at in cache.turns(tokens, joining)]
+            logits = self._head(torch.cat(last))  # (R, V)
             tokens = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
-            tokens = tokens.masked_fill(ended[:, None], ends[0])  # (B, 1)
-            yield logits, tokens
-            ended |= torch.isin(tokens[:, 0], ends)
-            if ended.all():
-                return
-            context = torch.cat((context, tokens), dim=1)[:, -room:]
+            yield Step(queue.rows, logits, tokens)
+            places = cache.keep(queue.accept(tokens.flatten().tolist()))
+            queue.reorder(places)
+            tokens = tokens[places]
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, **changes: Any) -> "Decoder":

@@ -89,7 +89,7 @@ class TrainConfig(
 
 
 # A resumed run may train longer, its decay as it was planned, and on another device.
-MAY_CHANGE = ("max_iters", "eval_only", "device", "backend")
+MAY_CHANGE = ("max_iters", "eval_only", "device", "backend", "gradient_checkpointing")
 MAY_DIFFER = (*MAY_CHANGE, "lr_decay_iters", "dtype")  # `resumed` has checked or set these
 PROGRESS = ("iteration", "evaluated", "checkpoints")
 

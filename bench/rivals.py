@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloader import CustomDataLoader, DataConfig, make_loader, pad
+from dataloader import CustomDataLoader, DataConfig, make_loader
 from generate import ModelSampler
 from lora import LoRALinear
 from methods.build import build_model, save_checkpoint
 from model import IGNORE
 from models.families import family_of, load_config
 from models.tokenizer import load_tokenizer
+from runtime.batching import pad
 from runtime.device import resolve_dtype
 from runtime.optimizer import configure_optimizer
 from tasks.demonstrations import ShotsConfig

@@ -45,23 +45,22 @@ def draw_samples(
     """
     model, tokenizer = policy.model.eval(), policy.tokenizer
     encoded = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
-    found: dict[int, Sample] = {}
+    drawn: list[list[int]] = [[] for _ in prompts]
     torch.manual_seed(seed)
-    parts = by_length([len(ids) for ids in encoded], batch_size)
-    for part in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
-        rows = [encoded[i] for i in part]
-        lengths = torch.tensor([len(row) for row in rows], device=model.device)
-        padded = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows],
-                              device=model.device)  # (B, T)
-        with autocast(model.device, policy.dtype):
-            drawn = [token for _, token in model.stream(padded, tokens, lengths=lengths)]
-        for i, ids in zip(part, torch.cat(drawn, dim=1).tolist(), strict=True):
-            ends = [place for place, token in enumerate(ids) if token in model.config.end_of_text]
-            own = ids[: ends[0]] if ends else ids
-            text = tokenizer.decode(own)
-            canonical = tokenizer.encode_ordinary(text) == own
-            found[i] = Sample(prompts[i], text, ids[: len(own) + bool(ends)], bool(ends), canonical)
-    return [found[i] for i in range(len(prompts))]
+    bar = tqdm(total=len(prompts), desc=progress, disable=not progress, leave=False)
+    with autocast(model.device, policy.dtype), bar:
+        for step in model.stream(encoded, tokens, batch_size=batch_size):
+            for row, token in zip(step.rows, step.tokens.tolist(), strict=True):
+                bar.update(not drawn[row])
+                drawn[row] += token
+    return [_sample(policy, *one) for one in zip(prompts, drawn, strict=True)]
+
+
+def _sample(policy: Subject, prompt: str, ids: list[int]) -> Sample:
+    ended = ids[-1] in policy.model.config.end_of_text
+    own = ids[:-1] if ended else ids
+    text = policy.tokenizer.decode(own)
+    return Sample(prompt, text, ids, ended, policy.tokenizer.encode_ordinary(text) == own)
 
 
 @torch.no_grad()

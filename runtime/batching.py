@@ -1,10 +1,17 @@
-"""How sequences share batches: their order, their common prefix, parts of equal size."""
+"""How sequences share batches: their order, their common prefix, parts of equal size, a queue."""
 
 import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# New rows wait until their prompts have so many tokens: products with fewer are slow.
+FEWEST_TOKENS = 128
 
 
 @lru_cache(maxsize=2)
@@ -40,3 +47,79 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return the indices of rows of these `lengths` in `equal_parts`, shortest first."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[part] for part in equal_parts([lengths[i] for i in order], batch_size)]
+
+
+def pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    """Return `rows` as one tensor (B, T), padded on the right with `value`."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+class Step(NamedTuple):
+    """A new token for each running row of a generation."""
+
+    rows: list[int]  # their indices among the prompts; new ones stand last
+    logits: Tensor  # (R, V)
+    tokens: Tensor  # (R, 1), chosen from the logits
+
+
+class Queue:
+    """Texts that grow token by token, in a batch of `places`: the longest prompts come first.
+
+    A text leaves after its limit of new tokens, or with a token of `ends`; the next ones take its
+    place. One that fills the whole `window` of the model waits again, to run from its last tokens.
+    Raises ValueError for a prompt without tokens.
+    """
+
+    def __init__(
+        self, prompts: Sequence[list[int]], limits: int | Sequence[int], places: int | None,
+        window: int, ends: Sequence[int],
+    ) -> None:
+        if not all(prompts):
+            raise ValueError("each prompt needs at least one token")
+        limits = [limits] * len(prompts) if isinstance(limits, int) else limits
+        self.texts = [list(prompt) for prompt in prompts]
+        self.ends_at = [len(row) + limit for row, limit in zip(prompts, limits, strict=True)]
+        self.places, self.window, self.ends = places or len(prompts), window, ends
+        self.rows: list[int] = []  # of the batch: indices of texts
+        self.waiting = [i for i in range(len(prompts)) if limits[i] > 0]
+        self.waiting.sort(key=lambda i: len(prompts[i]))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text may have."""
+        return max(self.ends_at, default=1)
+
+    @property
+    def slots(self) -> int:
+        """The most tokens of a row that are ever computed: all but its last."""
+        return min(self.longest - 1, self.window)
+
+    def admit(self) -> list[list[int]]:
+        """Return the prompts that join the batch now; their rows stand last."""
+        first = max(0, len(self.waiting) - (self.places - len(self.rows)))
+        joining = self.waiting[first:][::-1]
+        prompts = [self.texts[i][-self.window :] for i in joining]
+        if self.rows and first and sum(map(len, prompts)) < FEWEST_TOKENS:
+            return []
+        del self.waiting[first:]
+        self.rows = self.rows + joining
+        return prompts
+
+    def accept(self, tokens: Sequence[int]) -> list[int]:
+        """Append the next token of each row; return the places of the rows that go on."""
+        going_on = []
+        for place, (i, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            text = self.texts[i]
+            text.append(token)
+            if token in self.ends or len(text) == self.ends_at[i]:
+                continue
+            if len(text) > self.window:
+                self.waiting.append(i)
+            else:
+                going_on.append(place)
+        return going_on
+
+    def reorder(self, places: Sequence[int]) -> None:
+        """Leave only the rows at these `places`, in this order."""
+        self.rows = [self.rows[place] for place in places]

@@ -1,13 +1,16 @@
 """Keys and values that are kept: the cache of generation, and a prefix that batches share.
 
-Dimensions as in `model.py`; S is the number of slots in use.
+Dimensions as in `model.py`; R rows are running, S is the number of slots in use.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from runtime.batching import pad
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, K, tokens, D)
 Prefix = list[KeyValue]  # of all layers, of batch 1
@@ -29,66 +32,80 @@ PART_TOKENS = 512
 
 
 class Cache:
-    """Keys and values of a batch during generation, in buffers that are allocated once.
+    """Keys and values of the rows that are being generated, in buffers that are allocated once.
 
-    Row i has `lengths[i]` prompt tokens, padded on the right to the longest prompt; new tokens
-    take the slots after it. The cache does not hold the prefix that all rows share.
+    Row i holds `used[i]` tokens in its first slots, and its next token takes the next one. The
+    cache does not hold the prefix that all rows share.
     """
 
-    def __init__(self, lengths: Tensor, slots: int) -> None:
-        self.slots = slots
-        self.buffers: list[KeyValue] = []  # of each layer, each (B, K, slots, D)
-        self.restart(lengths)
+    def __init__(self, places: int, slots: int) -> None:
+        self.places, self.slots = places, slots
+        self.buffers: list[KeyValue] = []  # of each layer, each (places, K, slots, D)
+        self.used: list[int] = []
+        self.joining: slice | None = None  # the rows whose prompts run now; None: all, one token
 
-    def restart(self, lengths: Tensor) -> None:
-        """Forget all tokens and wait for prompts of `lengths` (B,); the buffers are kept."""
-        self.lengths, self.rows = lengths, slice(None)  # the rows that are running
-        self.prompt_slots = self.used = 0
+    def turns(
+        self, tokens: Tensor, prompts: list[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what to run in turn, and which positions (B, 1) of it count; None is the last.
 
-    def is_full(self) -> bool:
-        return self.used == self.slots
-
-    def turns(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield parts of the next `tokens` (B, T) to run in turn, and which positions (B, 1) count.
-
-        Rows of prompts run with few others on a CPU, so that they are padded less: sort them by
-        length. After the last part the tokens count as used.
+        First the next `tokens` (R, 1) of the rows, if there are any, then `prompts`, which become
+        the next rows. On a CPU they run in parts, which are padded less: sort them by length.
         """
         if self.used:
+            self.at = torch.tensor(self.used, device=tokens.device)  # (R,)
+            self.each = torch.arange(len(self.used), device=tokens.device)
             yield tokens, None
-        else:
-            yield from self._prompts(tokens)
-            self.prompt_slots = tokens.size(1)
-        self.used += tokens.size(1)
-
-    def _prompts(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        B = len(tokens)
-        on_cpu = tokens.device.type == "cpu"
-        size = max(1, PART_TOKENS * B // int(self.lengths.sum())) if on_cpu else B
-        for start in range(0, B, size):
-            self.rows = slice(start, start + size)
-            lengths = self.lengths[self.rows]
-            yield tokens[self.rows, : int(lengths.max())], lengths[:, None] - 1
-        self.rows = slice(None)
+            self.used = [length + 1 for length in self.used]
+        size, on_cpu = len(prompts), tokens.device.type == "cpu"
+        if on_cpu and prompts:
+            size = max(1, PART_TOKENS * len(prompts) // sum(map(len, prompts)))
+        for start in range(0, len(prompts), size or 1):
+            part = prompts[start : start + size]
+            lengths, rows = [len(prompt) for prompt in part], len(self.used)
+            self.joining = slice(rows, rows + len(part))
+            last = torch.tensor(lengths, device=tokens.device)[:, None] - 1
+            yield pad(part, value=0).to(tokens.device), last
+            self.used += lengths
+        self.joining = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
-        """Write the next `k` and `v` (B, K, T, D) of a layer; return all it holds (B, K, S, D)."""
+        """Store the new `k` and `v` (B, K, T, D) of a layer; return all that its rows attend to."""
         if layer == len(self.buffers):  # not before: autocast decides the dtype
-            shape = (len(self.lengths), k.size(1), self.slots, k.size(3))
+            shape = (self.places, k.size(1), self.slots, k.size(3))
             self.buffers.append((k.new_zeros(shape), v.new_zeros(shape)))
-        end = self.used + k.size(2)
-        keys, values = (buffer[self.rows, :, :end] for buffer in self.buffers[layer])
-        keys[:, :, self.used :], values[:, :, self.used :] = k, v
-        return keys, values
+        keys, values = self.buffers[layer]
+        if self.joining is not None:
+            keys[self.joining, :, : k.size(2)], values[self.joining, :, : k.size(2)] = k, v
+            return k, v
+        keys[self.each, :, self.at], values[self.each, :, self.at] = k[:, :, 0], v[:, :, 0]
+        rows, end = len(self.used), max(self.used) + 1
+        return keys[:rows, :, :end], values[:rows, :, :end]
 
     def next_positions(self) -> Tensor:
-        """Return the position (B, 1) of each row's next token, counted from the row's start."""
-        return (self.lengths + self.used - self.prompt_slots)[:, None]
+        """Return the position (R, 1) of each row's next token, counted from the row's start."""
+        return self.at[:, None]
 
     def next_mask(self) -> Tensor:
-        """Return which slots the next tokens see (B, 1, 1, S + 1): all but the padding."""
-        slots = torch.arange(self.used + 1, device=self.lengths.device)
-        return ((slots < self.lengths[:, None]) | (slots >= self.prompt_slots))[:, None, None]
+        """Return which slots the next tokens see (R, 1, 1, S): their own row's, and themselves."""
+        slots = torch.arange(max(self.used) + 1, device=self.at.device)
+        return (slots <= self.at[:, None])[:, None, None]
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these (ascending); return which of them now stands in each place.
+
+        Only the last rows move, into the places that have become free.
+        """
+        movers = [row for row in rows if row >= len(rows)]
+        kept = set(rows)
+        order = [place if place in kept else movers.pop() for place in range(len(rows))]
+        for place, row in enumerate(order):
+            if place != row:
+                end = self.used[row]
+                for buffer in itertools.chain.from_iterable(self.buffers):
+                    buffer[place, :, :end] = buffer[row, :, :end]
+        self.used = [self.used[row] for row in order]
+        return order
 
 
 class SharedPrefix:

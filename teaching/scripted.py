@@ -51,17 +51,18 @@ class Script(nn.Module):
         return [*self.words.encode_ordinary(said[0] if said else " film"), 0]
 
     def stream(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        past: Any = None, lengths: Tensor | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        sizes = [idx.size(1)] * len(idx) if lengths is None else lengths.tolist()
-        rows = [(past or []) + row[:size]
-                for row, size in zip(idx.tolist(), sizes, strict=True)]
-        answers = [self.answer(row) for row in rows]
-        for step in range(min(max_new_tokens, max(map(len, answers)))):
-            tokens = torch.tensor([(answer + [0] * step)[step] for answer in answers])[:, None]
-            yield torch.zeros(len(rows), Words.size).scatter_(1, tokens, 9.0), tokens
+        self, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 1.0,
+        top_k: int | None = None, past: Any = None, batch_size: int | None = None,
+    ) -> Iterator[SimpleNamespace]:
+        answers = [self.answer([*(past or []), *prompt])[:max_new_tokens] for prompt in prompts]
+        for step in range(max(map(len, answers))):
+            rows = [row for row, answer in enumerate(answers) if step < len(answer)]
+            tokens = torch.tensor([answers[row][step] for row in rows])[:, None]
+            logits = torch.zeros(len(rows), Words.size).scatter_(1, tokens, 9.0)
+            yield SimpleNamespace(rows=rows, logits=logits, tokens=tokens)
 
     def generate(self, idx: Tensor, max_new_tokens: int, *rest: Any, **more: Any) -> Tensor:
-        steps = [token for _, token in self.stream(idx, max_new_tokens, *rest, **more)]
-        return torch.cat([idx, *steps], dim=1)
+        answers = [self.answer(row)[:max_new_tokens] for row in idx.tolist()]
+        width = max(map(len, answers))
+        new = torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])
+        return torch.cat([idx, new], dim=1)

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from lora import is_lora_name, lora_layers
-from model import GPT, IGNORE, Decoder
+from model import GPT, IGNORE, Decoder, Step
 from models.families import load_decoder
 from models.llama import Llama
+from runtime.batching import pad
 
 VOCABULARY, BLOCK, LAYERS = 101, 32, 2
 NEVER = -1  # a token that ends no answer, so that generation takes all its steps
@@ -106,8 +107,18 @@ def pick_targets(idx: Tensor, supervised: Tensor) -> Tensor:
     return F.pad(idx[:, 1:], (0, 1), value=0).masked_fill(~supervised, IGNORE)
 
 
-def join_tokens(steps: list[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([token for _, token in steps], dim=1)
+def join_tokens(steps: list[Step]) -> Tensor:
+    """Return what each prompt was continued with, padded with -1."""
+    new: dict[int, list[int]] = {}
+    for step in steps:
+        for row, token in zip(step.rows, step.tokens.tolist(), strict=True):
+            new.setdefault(row, []).extend(token)
+    return pad([new[row] for row in sorted(new)], -1)
+
+
+def join_logits(steps: list[Step], row: int) -> Tensor:
+    """Return the logits of each step that continued this prompt: (steps, V)."""
+    return torch.stack([step.logits[step.rows.index(row)] for step in steps if row in step.rows])
 
 
 @torch.no_grad()

@@ -59,28 +59,38 @@ def test_narrow_and_deep_shapes_equal_transformers(shape: dict[str, Any], tmp_pa
     close(loss, expected.loss)
 
 
-def test_cache_gives_positions_and_mask_without_the_padding() -> None:
-    cache, token = Cache(torch.tensor([3, 1]), slots=5), ids(2, 1)
-    parts = list(cache.turns(ids(2, 3)))
-    assert [(part.shape, at.tolist()) for part, at in parts] == [((2, 3), [[2], [0]])]
-    equal(cache.next_positions(), torch.tensor([[3], [1]]))
-    seen = torch.tensor([[True, True, True, True], [True, False, False, True]])
-    equal(cache.next_mask(), seen[:, None, None])
-    assert list(cache.turns(token)) == [(token, None)]
-    equal(cache.next_positions(), torch.tensor([[4], [2]]))
-    equal(cache.next_mask(), F.pad(seen, (0, 1), value=True)[:, None, None])
-    assert not cache.is_full()
-    list(cache.turns(token))
-    assert cache.is_full()
+def test_cache_gives_each_row_its_next_slot() -> None:
+    cache = Cache(places=2, slots=5)
+    ((part, last),) = cache.turns(ids(0, 1), [[4, 5, 6], [7]])
+    equal(part, torch.tensor([[4, 5, 6], [7, 0, 0]]))
+    equal(last, torch.tensor([[2], [0]]))
+    for more in (0, 1):
+        for tokens, at in cache.turns(ids(2, 1), []):
+            assert (tokens.shape, at) == ((2, 1), None)
+            equal(cache.next_positions(), torch.tensor([[3], [1]]) + more)
+            seen = torch.arange(4 + more) <= torch.tensor([[3], [1]]) + more
+            equal(cache.next_mask(), seen[:, None, None])
+    assert cache.used == [5, 3]
 
 
 def test_cache_runs_prompts_in_parts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "PART_TOKENS", 8)
-    cache, tokens = Cache(torch.tensor([2, 3, 4, 7]), slots=7), ids(4, 7)
-    first, second = cache.turns(tokens)
-    equal(first[0], tokens[:2, :3])
-    equal(second[0], tokens[2:])
+    cache, prompts = Cache(places=4, slots=7), [row.tolist() for row in map(ids, (2, 3, 4, 7))]
+    first, second = cache.turns(ids(0, 1), prompts)
+    assert [part.shape for part, _ in (first, second)] == [(2, 3), (2, 7)]
     assert [at.tolist() for _, at in (first, second)] == [[[1], [2]], [[3], [6]]]
+
+
+def test_last_rows_of_the_cache_move_into_free_places() -> None:
+    cache, stored = Cache(places=5, slots=3), torch.arange(5.0).view(5, 1, 1, 1)
+    for _ in cache.turns(ids(0, 1), [[1], [1], [1], [1, 1], [1]]):
+        cache.append(0, stored.expand(-1, -1, 2, -1), -stored.expand(-1, -1, 2, -1))
+    assert cache.keep([1, 3, 4]) == [4, 1, 3]
+    assert cache.used == [1, 1, 2]
+    keys, values = cache.buffers[0]
+    equal(keys[:3, 0, 0, 0], torch.tensor([4.0, 1.0, 3.0]))
+    equal(keys, -values)
+    assert cache.keep([]) == []
 
 
 @pytest.mark.parametrize(
@@ -133,10 +143,12 @@ def test_generation_stops_when_every_row_has_ended() -> None:
 
 
 def test_ended_rows_are_filled_with_end_of_text() -> None:
-    idx, lengths = torch.tensor([[5, 0], [6, 7]]), torch.tensor([1, 2])
-    steps = list(make_ending().stream(idx, 4, temperature=0, lengths=lengths))
-    equal(join_tokens(steps), torch.tensor([[END_OF_TEXT] * 4, [3] * 4]))
-    assert steps[1][0][0].argmax() == 3  # without the padding the first row would continue
+    """The position after the first token says end-of-text, later ones do not."""
+    out = make_ending().generate(torch.tensor([[6, 7], [5, 8]]), 4, temperature=0)
+    equal(out, torch.tensor([[6, 7, 3, 3, 3, 3], [5, 8, 3, 3, 3, 3]]))
+    steps = list(make_ending().stream([[5], [6, 7]], 4, temperature=0))
+    assert [step.rows for step in steps] == [[1, 0], [1], [1], [1]]
+    equal(join_tokens(steps), torch.tensor([[END_OF_TEXT, -1, -1, -1], [3] * 4]))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 2.0, "top_k": 1}])

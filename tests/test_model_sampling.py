@@ -32,10 +32,10 @@ def padded() -> GPT:
 @pytest.mark.parametrize("settings", [
     {"temperature": 0}, {"temperature": 1.0}, {"temperature": 50.0}, {"top_k": 3}, {"top_k": 1}])
 def test_padded_vocabulary_never_speaks(padded: GPT, settings: dict[str, float]) -> None:
-    steps = list(padded.stream(torch.ones(20, 3, dtype=torch.long), 8, **settings))
-    tokens = torch.cat([tokens for _, tokens in steps])
+    steps = list(padded.stream([[1, 1, 1]] * 20, 8, **settings))
+    tokens = torch.cat([step.tokens for step in steps])
     assert tokens.max() <= END_OF_TEXT
-    assert {logits.shape for logits, _ in steps} == {(20, 50304)}
+    assert {step.logits.shape for step in steps} == {(20, 50304)}
     get_tokenizer().decode(tokens.flatten().tolist())
     if settings.get("temperature") == 0 or settings.get("top_k") == 1:
         assert (tokens == 300).all()
@@ -71,17 +71,16 @@ def test_tiny_temperature_draws_among_equal_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "settings", "message"),
+    ("prompts", "settings", "message"),
     [
-        (3, {"temperature": -1.0}, r"temperature=-1\.0 .* must not be negative"),
-        (3, {"temperature": math.nan}, "temperature=nan .* must not be negative"),
-        (3, {"top_k": -1}, "top_k=-1 must not be negative"),
-        (3, {"lengths": torch.tensor([3, 0])}, "each prompt needs at least one token"),
-        (0, {}, "each prompt needs at least one token"),
+        ([[1]], {"temperature": -1.0}, r"temperature=-1\.0 .* must not be negative"),
+        ([[1]], {"temperature": math.nan}, "temperature=nan .* must not be negative"),
+        ([[1]], {"top_k": -1}, "top_k=-1 must not be negative"),
+        ([[1], []], {}, "each prompt needs at least one token"),
     ],
 )
 def test_what_no_token_can_follow_from_is_refused(
-    tiny: GPT, width: int, settings: dict[str, Any], message: str
+    tiny: GPT, prompts: list[list[int]], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        next(tiny.stream(torch.ones(2, width, dtype=torch.long), 2, **settings))
+        next(tiny.stream(prompts, 2, **settings))

@@ -80,7 +80,7 @@ def test_scoring_is_counted_but_for_the_last_keys_of_an_answer(family: type[Deco
     shape = SHAPES[family]
     model, answers = family(shape).eval(), 4
     past = model.prefill(PROMPT)
-    flops = counted(lambda: [*islice(model.stream(IDX, answers, 0, past=past), answers)])
+    flops = counted(lambda: [*islice(model.stream(IDX.tolist(), answers, 0, past=past), answers)])
     flops += counted(lambda: model.prefill(PROMPT))
     last = 2 * (answers - 1) * count_weights(shape, 0)[0].qkv
     expected = useful_flops(shape, OWN, PREFIX / ROWS, 4, "score", answers) + last

@@ -189,7 +189,8 @@ def test_prefix_of_peft_loads_here(family: Family, inner: int, tmp_path: Path) -
 def test_prefix_stands_before_what_is_generated(family: Family) -> None:
     model, idx = build(family, "prefix").eval(), ids(3, 9)
     model.config = family.load().config
-    steps = model.stream(idx, 6, temperature=0, lengths=torch.tensor([9, 4, 1]))
+    prompts = [row[:length] for row, length in zip(idx.tolist(), (9, 4, 1), strict=True)]
+    steps = model.stream(prompts, 6, temperature=0)
     tokens = join_tokens(list(steps))
     past = model.prefill(ids(1, 0))
     for row, length in enumerate((9, 4, 1)):

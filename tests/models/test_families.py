@@ -18,6 +18,7 @@ from made_families import (
     VOCABULARY,
     Family,
     ids,
+    join_logits,
     join_tokens,
     own_tensors,
     pick_targets,
@@ -34,7 +35,7 @@ from methods.build import store_frozen_projections
 from model import GPT, IGNORE, Decoder
 from models.families import load_config, load_decoder
 from models.llama import Llama
-from runtime import kv_cache
+from runtime import batching, kv_cache
 from runtime.device import autocast
 from runtime.kv_cache import Cache, KeyValue
 
@@ -51,13 +52,13 @@ equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 @pytest.fixture
 def appended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cache, int, KeyValue]]:
-    """Record each append: the cache, the layer, and all keys and values the layer then holds."""
+    """Record each append: the cache, the layer, and the buffers of the layer."""
     held = []
 
     class RecordedCache(Cache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
             all_of_layer = super().append(layer, k, v)
-            held.append((self, layer, all_of_layer))
+            held.append((self, layer, self.buffers[layer]))
             return all_of_layer
 
     monkeypatch.setattr("model.Cache", RecordedCache)
@@ -144,7 +145,7 @@ class TestForward:
         close(logits, everywhere[targets != IGNORE])
         close(loss, F.cross_entropy(
             everywhere.flatten(0, 1), targets.flatten(), ignore_index=IGNORE))
-        _, each = model(idx, targets, reduction="none")
+        each = model.nats(idx, targets)
         close(each.mean(), loss)
 
     @pytest.mark.parametrize("batch", [1, 3])
@@ -221,44 +222,49 @@ class TestGeneration:
         self, family: Family, prompt: int, steps: int
     ) -> None:
         model, idx = family.adapted().eval(), ids(3, prompt)
-        for logits, token in model.stream(idx, steps, temperature=0):
+        for step in model.stream(idx.tolist(), steps, temperature=0):
             expected = model(idx[:, -BLOCK:])[0][:, -1]
-            close(logits, expected)
-            equal(token, expected.argmax(-1, keepdim=True))
-            idx = torch.cat((idx, token), dim=1)
+            assert sorted(step.rows) == [0, 1, 2]
+            close(step.logits, expected[step.rows])
+            equal(step.tokens, expected[step.rows].argmax(-1, keepdim=True))
+            idx = torch.cat((idx, expected.argmax(-1, keepdim=True)), dim=1)
         assert idx.size(1) == prompt + steps
 
     @pytest.mark.parametrize("prefix_length", [0, 6])
     @pytest.mark.parametrize("part_tokens", [4, 512], ids=["in parts", "together"])
-    @pytest.mark.parametrize("lengths", [(9, 4, 1), (9, 9, 9)])
-    def test_padded_rows_stream_what_each_would_alone(
-        self, family: Family, prefix_length: int, lengths: tuple[int, ...], part_tokens: int,
+    @pytest.mark.parametrize("places", [None, 2])
+    def test_rows_stream_what_each_would_alone(
+        self, family: Family, prefix_length: int, places: int | None, part_tokens: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        """Of different lengths, with different limits, in a batch that takes all or two of them."""
         monkeypatch.setattr(kv_cache, "PART_TOKENS", part_tokens)
-        model, idx, prefix = family.adapted().eval(), ids(3, 9), ids(1, prefix_length)
-        past = model.prefill(prefix) if prefix_length else None
-        steps = list(model.stream(
-            idx, 8, temperature=0, past=past, lengths=torch.tensor(lengths)))
-        for row, length in enumerate(lengths):
+        model, idx, prefix = family.adapted().eval(), ids(4, 9), ids(1, prefix_length)
+        past, lengths, limits = model.prefill(prefix) if prefix_length else None, (9, 4, 1, 9), (
+            8, 2, 5, 7)
+        prompts = [row[:length] for row, length in zip(idx.tolist(), lengths, strict=True)]
+        steps = list(model.stream(prompts, limits, 0, past=past, batch_size=places))
+        assert max(len(step.rows) for step in steps) == (places or 4)
+        for row, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
             prompt = idx[row : row + 1, :length]
-            alone = recompute_greedily(model, torch.cat((prefix, prompt), dim=1), 8)
-            equal(join_tokens(steps)[row : row + 1], alone[:, -8:])
-            equal(model.generate(prompt, 8, temperature=0, past=past)[:, length:], alone[:, -8:])
-            logits = torch.stack([logits[row] for logits, _ in steps])
-            close(logits, model(alone[:, :-1])[0][0, -8:])
+            alone = recompute_greedily(model, torch.cat((prefix, prompt), dim=1), limit)
+            equal(join_tokens(steps)[row, :limit], alone[0, -limit:])
+            equal(model.generate(prompt, limit, temperature=0, past=past)[:, length:],
+                  alone[:, -limit:])
+            close(join_logits(steps, row), model(alone[:, :-1])[0][0, -limit:])
 
-    @pytest.mark.parametrize("width", [14, 40])  # 40 is wider than the block
-    @pytest.mark.parametrize("with_past", [False, True])
-    def test_padding_beyond_the_longest_row_changes_nothing(
-        self, family: Family, width: int, with_past: bool
+    @pytest.mark.parametrize(("fewest", "rows"), [
+        (1, [[3, 0], [0, 1], [0, 1], [0, 1], [2], [2], [2]]),
+        (3, [[3, 0], [0], [0], [0], [1, 2], [1, 2], [1, 2]]),
+    ])
+    def test_prompts_of_enough_tokens_take_the_places_of_ended_rows(
+        self, family: Family, fewest: int, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, idx, lengths = family.load().eval(), ids(2, 10), torch.tensor([10, 4])
-        past = model.prefill(ids(1, 5)) if with_past else None
-        padded = F.pad(idx, (0, width - 10), value=7)
-        expected = model.stream(idx, 6, temperature=0, past=past, lengths=lengths)
-        found = model.stream(padded, 6, temperature=0, past=past, lengths=lengths)
-        equal(list(found), list(expected))
+        monkeypatch.setattr(batching, "FEWEST_TOKENS", fewest)
+        model, prompts = family.load().eval(), [[1, 2, 3], [4, 5], [6], [7, 8, 9, 1]]
+        model.config = replace(model.config, end_of_text=(VOCABULARY,))  # no token
+        steps = list(model.stream(prompts, (4, 3, 3, 1), 0, batch_size=2))
+        assert [step.rows for step in steps] == rows
 
     def test_prompt_past_and_new_tokens_may_fill_the_block_exactly(self, family: Family) -> None:
         model, prefix, idx = family.load().eval(), ids(1, 16), ids(1, 11)
@@ -268,23 +274,17 @@ class TestGeneration:
         with pytest.raises(ValueError, match="7 new tokens exceed block_size=32"):
             model.generate(idx, 7, temperature=0, past=past)
 
-    def test_lengths_beyond_the_block_are_refused(self, family: Family) -> None:
-        steps = family.load().stream(ids(2, 28), 6, lengths=torch.tensor([3, 28]))
-        with pytest.raises(ValueError, match="6 new tokens exceed block_size=32"):
-            next(steps)
-
     # Within the block, across its end, longer than it.
     @pytest.mark.parametrize(
         ("prompt", "steps", "slots"), [(5, 6, 10), (26, 12, 32), (39, 4, 32)])
     def test_cache_allocates_its_memory_once(
         self, family: Family, appended: list, prompt: int, steps: int, slots: int
     ) -> None:
-        list(family.load().eval().stream(ids(3, prompt), steps, temperature=0))
+        list(family.load().eval().stream(ids(3, prompt).tolist(), steps, temperature=0))
         assert len(appended) == LAYERS * steps
         addresses = {(cache, layer, *(tensor.data_ptr() for tensor in pair))
                      for cache, layer, pair in appended}
         assert len(addresses) == LAYERS  # one pair of buffers per layer
-        assert {len(cache.buffers) for cache, *_ in appended} == {LAYERS}
         width = {"gpt2": 32, "llama": 16, "llama3": 12, "qwen2": 32}[family.name]  # heads · D
         sizes = {tensor.untyped_storage().nbytes() for _, _, pair in appended for tensor in pair}
         assert sizes == {4 * 3 * slots * width}  # bytes of float32 · B · slots · width
@@ -293,7 +293,7 @@ class TestGeneration:
         self, family: Family, appended: list
     ) -> None:
         model, idx = family.load().eval(), ids(1, 6)
-        new = join_tokens(list(model.stream(idx, 4, temperature=0)))
+        new = join_tokens(list(model.stream(idx.tolist(), 4, temperature=0)))
         last_of_layers = [pair for _, _, pair in appended[-LAYERS:]]
         close(last_of_layers, model.prefill(torch.cat((idx, new[:, :-1]), dim=1)))
 
@@ -301,7 +301,7 @@ class TestGeneration:
         self, family: Family, appended: list
     ) -> None:
         with autocast(torch.device("cpu"), torch.bfloat16):
-            list(family.load().eval().stream(ids(2, 5), 3, temperature=0))
+            list(family.load().eval().stream(ids(2, 5).tolist(), 3, temperature=0))
         assert {tensor.dtype for _, _, pair in appended for tensor in pair} == {torch.bfloat16}
 
 
