@@ -42,7 +42,7 @@ from runtime.processes import (
     own_share,
     rank,
     start_processes,
-    typed_lines,
+    typed_texts,
     world_size,
 )
 from runtime.result_files import Stamp, results_suffix, spare_results, weights_stamp
@@ -324,7 +324,7 @@ def answer(config: GenerateConfig) -> None:
                            question.max_new_tokens, question.temperature, question.top_k,
                            question.calibrate)
     if config.text or config.ask:
-        for text in typed_lines(f"one of the {loader.task.noun}") if config.ask else [config.text]:
+        for text in typed_texts() if config.ask else [config.text]:
             tell(sampler, question, text)
         return
     records = loader.spread(question.split, question.limit)

@@ -168,9 +168,9 @@ def of_rank_zero(value: Item) -> Item:
     return found[0]
 
 
-def typed_lines(what: str) -> Iterator[str]:
-    """Yield the lines on the stdin of rank 0 up to an empty one; on a terminal, ask for `what`."""
-    prompt = f"Type {what}; an empty line ends: " if sys.stdin and sys.stdin.isatty() else ""
+def typed_texts() -> Iterator[str]:
+    """Yield the lines on the stdin of rank 0 up to an empty one; on a terminal, ask for them."""
+    prompt = "Type a text; an empty line ends: " if sys.stdin.isatty() else ""
     with suppress(EOFError):
         while rank() == 0 and (line := input(prompt)).strip():
             yield line

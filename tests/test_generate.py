@@ -343,7 +343,7 @@ def test_terminal_is_asked_for_a_text(
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)
     run(f"init_from={checkpoint}", "ask=True")
-    assert capsys.readouterr().out == "Type one of the reviews; an empty line ends: "
+    assert capsys.readouterr().out == "Type a text; an empty line ends: "
 
 
 @pytest.mark.parametrize("both", [["export=x", "text=y"], ["export=x", "ask=True"],
