@@ -208,9 +208,9 @@ class Decoder(nn.Module):
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
 
         Without `targets` the logits are (B, T, V) and the loss is None. `targets` (B, T) holds the
-        token after each position, or -100 where none is supervised. With it the logits are
-        (supervised positions, V) in row-major order and the loss is their mean cross-entropy in
-        nats per token. Raises ValueError if the tokens are more than the block size.
+        token after each position, or -100 where none is supervised: the logits are then (supervised
+        positions, V) in row-major order, the loss is their mean cross-entropy in nats per token.
+        Raises ValueError if the tokens are more than the block size.
         """
         if targets is None:
             return self._head(self._run_blocks(idx, self._before(idx, past))[0]), None
@@ -301,20 +301,20 @@ class Decoder(nn.Module):
     ) -> Iterator[Step]:
         """Yield the next token of each running row of `prompts`, step by step.
 
-        `batch_size` rows run at once, all by default; one that has ended leaves, and another takes
-        its place. Each may have a limit of new tokens of its own. temperature=0 or top_k=1 is
-        greedy. Without `past` a row continues beyond the block size, from its last tokens.
-
-        Raises ValueError for a row without tokens, for a negative `temperature` or `top_k`, or if
-        a row after `past` would exceed the block size.
+        `batch_size` rows of mean length run at once, all by default; one that has ended leaves, and
+        another takes its place. Each may have its own limit of tokens. temperature=0 or top_k=1 is
+        greedy. Without `past` a row continues beyond the block size, from its last tokens. Raises
+        ValueError for a row without tokens, a negative `temperature` or `top_k`, or too long a row.
         """
         past, size = past or self.learned_prefix(), self.config.block_size
         window = size - prefix_length(past)
         queue = Queue(prompts, max_new_tokens, batch_size, window, self.config.end_of_text)
-        if past and queue.longest > window + 1:  # the last token is not computed
+        if past and max(queue.limits, default=0) > window + 1:  # the last token is not computed
             raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={size}")
-        cache, tokens = Cache(queue.places, queue.slots), torch.empty(0, 1, device=self.device)
+        cache, tokens = Cache(queue.tokens), torch.empty(0, 1, device=self.device)
         while (joining := queue.admit()) or queue.rows:
+            if not cache.used:
+                cache.shape(queue.places, queue.slots)
             last = [self._run_blocks(part, past, at, cache)[0][:, -1]  # (B, C)
                     for part, at in cache.turns(tokens, joining)]
             logits = self._head(torch.cat(last))  # (R, V)
