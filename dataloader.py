@@ -149,9 +149,9 @@ class CustomDataLoader:
 
     def show(self, shots: ShotsConfig, questions: Sequence[Record], room: int) -> None:
         """Put training examples before every prompt from now on; see `draw_demonstrations`."""
-        question = max(map(self.task.prompt, questions), key=len)
         self.demonstrations = draw_demonstrations(
-            shots, self.demonstrations, self.records("train"), question, self.block_size - room)
+            shots, Demonstrations(self.task, self.tokenizer), self.records("train"),
+            max(map(self.task.prompt, questions), key=len), self.block_size - room)
 
     def compare(
         self, objective: PreferenceConfig, split: str, log_probs: Sequence[tuple[float, float]]

@@ -357,7 +357,7 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
                      **task.columns(scores[name])})
     if rank() == 0:
         run_folder.mark_finished(run.metrics, run.iteration)
-        print("", table(rows), sep="\n")
+        print("", table(rows), "", *run_folder.next_steps(config.out_dir), sep="\n")
     return scores
 
 

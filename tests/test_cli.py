@@ -79,6 +79,14 @@ def test_training_tells_its_share_its_validations_and_both_test_scores(
         assert re.search(rf"^ *{name} .* {accuracy:.4f} ", printed, re.MULTILINE)
 
 
+def test_training_ends_with_what_to_do_next(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    resume = f"python generate.py init_from=resume out_dir={folder}"
+    assert printed.splitlines()[-3:] == [
+        f"score it again:  {resume}", f"ask it yourself: {resume} ask=True",
+        f"open the page:   python -m demo out_dir={folder}"]
+
+
 @pytest.mark.parametrize("checkpoint_name", ["best", "last"])
 def test_generate_reproduces_the_very_same_accuracy(
     finished: tuple[Path, str], checkpoint_name: str, call: Call
