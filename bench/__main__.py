@@ -4,6 +4,7 @@ python -m bench                                 training, scoring and growth, on
 python -m bench what=train,score                the comparison, under six minutes on two cores
 python -m bench what=generate                   long answers, beside transformers
 python -m bench what=growth model=gpt2-mini     how our cost grows; needs no rivals
+python -m bench what=memory                     what the homework's presets hold on a T4, estimated
 python -m bench what=train,score model=smollm2  the comparison on a checkpoint, of any family
 
 GPT-2's sizes get random weights, but answer as a fine-tuned model does: with a label word, then
@@ -19,6 +20,7 @@ from typing import Any
 from bench.comparisons import compare
 from bench.costs import compare_methods, compare_shots, growth
 from bench.generation import compare_generation
+from bench.memory_estimate import estimate_presets
 from bench.report import check_folder, markdown, write
 from bench.settings import PARTS, BenchConfig, open_checkpoint, require_rivals
 from checkpoints.files import writable_folder
@@ -60,6 +62,8 @@ def main(config: BenchConfig) -> None:
             report[part] = ON_A_CHECKPOINT[part](config, folder)
     if "growth" in parts:
         report["growth"] = growth(config)
+    if "memory" in parts:
+        report["memory"] = estimate_presets(config.dataset)
     write(report, Path(config.out_dir))
     print(markdown(report))
 

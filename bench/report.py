@@ -25,6 +25,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines += markdown_table([titles, *(
             [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
              f"{report['memory_ratios'][key]:.2f}"] for key, ratio in ratios.items())])
+    if memory := report.get("memory"):
+        keys = list(next(iter(memory.values())))
+        lines += markdown_table([["GB in a step", *keys], *(
+            [name, *(f"{row[key]:.2f}" for key in keys)] for name, row in memory.items())])
     for axis, points in alone(report).items():
         keys = list(next(iter(points.values())))
         lines += markdown_table([[axis.replace("_", " "), *keys], *(
@@ -40,28 +44,29 @@ def alone(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     return found | report.get("growth", {})
 
 
-def speeds(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
-    """Return each contender's speed by (what was measured, its unit)."""
+def bars(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return each contender's speed by (what was measured, its unit), and estimated memory."""
     parts = {"contenders": "reviews_per_second", "generation": "tokens_per_second"}
     found: dict[tuple[str, str], dict[str, float]] = {}
     for part, suffix in parts.items():
         for name, row in report.get(part, {}).items():
             for key in (key for key in row if key.endswith(suffix)):
-                what = key.removesuffix(f"_{suffix}")
-                found.setdefault((what, suffix.split("_")[0]), {})[name] = row[key]
+                what, unit = key.removesuffix(f"_{suffix}"), suffix.replace("_per_", " a ")
+                found.setdefault((what.replace("_", " "), unit), {})[name] = row[key]
+    if memory := report.get("memory"):
+        found["memory of a step", "GB"] = {name: row["total"] for name, row in memory.items()}
     return found
 
 
 def plot(report: dict[str, Any]) -> Figure:
     """Plot the speed of each contender, and our cost along each axis."""
-    compared, growing = speeds(report), alone(report)
+    compared, growing = bars(report), alone(report)
     number = len(compared) + len(growing)
     figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
     panels = iter(figure.subplots(number, squeeze=False)[:, 0])
     for ((what, unit), rows), panel in zip(compared.items(), panels):  # noqa: B905  growth's follow
         panel.bar_label(panel.barh(list(rows), list(rows.values())), fmt="{:.1f}", padding=3)
-        panel.set(title=what.replace("_", " "), xlabel=f"{unit} a second",
-                  xlim=(0, 1.15 * max(rows.values())))
+        panel.set(title=what, xlabel=unit, xlim=(0, 1.15 * max(rows.values())))
     for (axis, points), panel in zip(growing.items(), panels, strict=True):
         styles = ("o", "s") if axis == "method" else ("o-", "s--")
         for verb, style in zip(("train", "score"), styles, strict=True):

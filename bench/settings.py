@@ -14,7 +14,7 @@ from model import MAX_RANK
 from runtime.device import DeviceConfig, dtype_name, resolve_device, resolve_dtype
 from tasks.base import line_ends
 
-PARTS = ("train", "score", "generate", "methods", "shots", "growth")
+PARTS = ("train", "score", "generate", "methods", "shots", "growth", "memory")
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "parts to measure: train, score, generate, methods, shots, growth" in done.stdout
+    assert "parts to measure: train, score, generate, methods, shots, growth, memory" in done.stdout
 
 
 def test_sized_reviews_have_about_the_requested_tokens() -> None:
