@@ -105,7 +105,7 @@ class Estimate(NamedTuple):
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # the peak of all that forward and backward pass make, logits too
-    logits: int  # of the batch, in float32; the loss holds about three such tensors
+    logits: int  # of the batch, in float32; among the activations
 
     @property
     def total(self) -> int:
