@@ -79,12 +79,11 @@ class Batch:
 
     def measure(self, model: Decoder, past: Prefix) -> Tensor:
         """Return the loss in nats a supervised token, (1,); `past` is the prefix, prefilled."""
-        _, loss = model(self.inputs, self.targets, past)
-        return loss[None]
+        return model.nats(self.inputs, self.targets, past).mean()[None]
 
     def log_probs(self, model: Decoder, past: Prefix) -> Tensor:
         """Return the log-probability of each row's whole answer, (B,), in nats."""
-        _, nats = model(self.inputs, self.targets, past, reduction="none")
+        nats = model.nats(self.inputs, self.targets, past)
         supervised = self.targets != IGNORE  # (B, T)
         return -nats.new_zeros(supervised.shape).masked_scatter(supervised, nats).sum(dim=1)
 
@@ -150,9 +149,9 @@ class CustomDataLoader:
 
     def show(self, shots: ShotsConfig, questions: Sequence[Record], room: int) -> None:
         """Put training examples before every prompt from now on; see `draw_demonstrations`."""
-        question = max(map(self.task.prompt, questions), key=len)
         self.demonstrations = draw_demonstrations(
-            shots, self.demonstrations, self.records("train"), question, self.block_size - room)
+            shots, Demonstrations(self.task, self.tokenizer), self.records("train"),
+            max(map(self.task.prompt, questions), key=len), self.block_size - room)
 
     def compare(
         self, objective: PreferenceConfig, split: str, log_probs: Sequence[tuple[float, float]]

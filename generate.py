@@ -3,6 +3,7 @@
 python generate.py init_from=gpt2-medium                          before any fine-tuning
 python generate.py init_from=resume out_dir=out checkpoint=best   after `train.py`
 python generate.py init_from=resume out_dir=out text="a gorgeous film"
+python generate.py init_from=resume out_dir=out ask=True          answers what you type
 python generate.py init_from=resume out_dir=out export=merged
 python generate.py init_from=gpt2-medium shots=16 calibrate=True  learns from its context
 """
@@ -41,6 +42,7 @@ from runtime.processes import (
     own_share,
     rank,
     start_processes,
+    typed_texts,
     world_size,
 )
 from runtime.result_files import Stamp, results_suffix, spare_results, weights_stamp
@@ -66,6 +68,7 @@ class GenerateConfig(ShotsConfig, DeviceConfig, FolderConfig):
     split: Annotated[Literal["train", "validation", "test"], "split to score"] = "test"
     limit: Annotated[int, "examples to score; -1 is the run's test_size, 0 all", Bounds(-1)] = -1
     text: Annotated[str, "answer this text instead of scoring a split", filled] = ""
+    ask: Annotated[bool, "answer the texts typed on stdin, up to an empty line"] = False
     calibrate: Annotated[bool, "also correct the likeliest label for the prompt's bias"] = False
     export: Annotated[str, "write the merged model to this new folder", local_path] = ""
     max_new_tokens: Annotated[int, "longest answer in tokens; 0 is the task's", Bounds(0)] = 0
@@ -248,7 +251,7 @@ def resolve_question(config: GenerateConfig, settings: ModelSettings, dtype: str
     if task != settings.task:
         settings = replace(settings, task=task, dataset="auto", prompt="default")
     settings = resolve_dataset(settings)
-    if config.shots and config.split == "train" and not config.text:
+    if config.shots and config.split == "train" and not (config.text or config.ask):
         raise ValueError(f"shots={config.shots} shows examples of split=train: score another")
     own_limit = settings.test_size if config.split == "test" else 0
     resolved = {
@@ -285,6 +288,24 @@ def load_subject(config: GenerateConfig) -> Subject:
     return Subject(model, tokenizer, settings, folder, dtype, run.dtype, own_data, {}, stamp)
 
 
+def prepare(sampler: ModelSampler, question: Question, records: Sequence[Record]) -> None:
+    """Show the examples that `question` asks for, and say how many of the `records` are cut."""
+    loader = sampler.loader
+    if question.shots:
+        loader.show(question, records, sampler.room)
+    if (cut := loader.texts_cut(records, sampler.room)) and rank() == 0:
+        print(f"{cut:,} of {len(records):,} texts are cut to fit into {loader.block_size} tokens")
+
+
+def tell(sampler: ModelSampler, question: Question, text: str) -> None:
+    """Print the answer to one text."""
+    task = sampler.loader.task
+    records = [{task.text_field: text}]
+    prepare(sampler, question, records)
+    if rank() == 0:
+        print(*task.tell(*sampler.predict(records)), sep="\n", flush=True)
+
+
 def answer(config: GenerateConfig) -> None:
     """Export the model, answer one text, or score a split; rank 0 writes and prints."""
     subject = load_subject(config)
@@ -302,16 +323,12 @@ def answer(config: GenerateConfig) -> None:
     sampler = ModelSampler(subject.model, loader, subject.dtype, config.batch_size,
                            question.max_new_tokens, question.temperature, question.top_k,
                            question.calibrate)
-    text = [{loader.task.text_field: config.text}] if config.text else []
-    records = text or loader.spread(question.split, question.limit)
-    if question.shots:
-        loader.show(question, records, sampler.room)
-    if (cut := loader.texts_cut(records, sampler.room)) and rank() == 0:
-        print(f"{cut:,} of {len(records):,} texts are cut to fit into {loader.block_size} tokens")
-    if text:
-        if rank() == 0:
-            print(*loader.task.tell(*sampler.predict(text)), sep="\n")
+    if config.text or config.ask:
+        for text in typed_texts() if config.ask else [config.text]:
+            tell(sampler, question, text)
         return
+    records = loader.spread(question.split, question.limit)
+    prepare(sampler, question, records)
     suffix = results_suffix(asdict(question), asdict(own), subject.settings.task)
     own_data = subject.own_data if anchored(question.dataset) == anchored(own.dataset) else ""
     facts = sampler.describe() | subject.base
@@ -328,8 +345,8 @@ def answer(config: GenerateConfig) -> None:
 def main(config: GenerateConfig) -> None:
     set_up_memory()
     torch.manual_seed(config.seed + rank())
-    if config.export and config.text:
-        raise ValueError("export writes a model, text asks it: choose one of them")
+    if sum(map(bool, (config.export, config.text, config.ask))) > 1:
+        raise ValueError("export writes a model, text and ask question it: choose one of them")
     # An export keeps every digit of the weights it was trained on.
     answer(replace(config, dtype="float32") if config.export else config)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from checkpoints.layouts import END_OF_TEXT, GPT2, Layout
 from checkpoints.pretrained import read_shape, read_weights, write_pretrained
 from lora import LoRALinear, is_lora_name, lora_layers
-from runtime.batching import Queue, pad
-from runtime.kernels import at_positions, attend, choose_token, linear
+from runtime.attention import attend
+from runtime.batching import Queue, Step, pad
+from runtime.device import shapes_only
+from runtime.kernels import at_positions, choose_token, cross_entropies, linear
 from runtime.kv_cache import Cache, KeyValue, Prefix, View, join_prefixes, prefix_length
 
 IGNORE = -100  # target of a position that is not supervised
 MAX_RANK = 10_000  # more than any projection has features
-
-
-class Step(NamedTuple):
-    """A new token for each running row of a generation."""
-
-    rows: list[int]  # their indices in the input
-    logits: Tensor  # (R, V)
-    tokens: Tensor  # (R, 1), chosen from the logits
 
 
 class Projection(LoRALinear):
@@ -210,45 +204,51 @@ class Decoder(nn.Module):
         return self.head.device
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None,
-        reduction: str = "mean",
+        self, idx: Tensor, targets: Tensor | None = None, past: Prefix | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for token ids `idx` (B, T) that follow `past`.
 
         Without `targets` the logits are (B, T, V) and the loss is None. `targets` (B, T) holds the
-        token after each position, or -100 where none is supervised. With it the logits are
-        (supervised positions, V) in row-major order and the loss is their mean cross-entropy in
-        nats per token; with `reduction="none"` it is the cross-entropy of each position.
-
-        Raises ValueError if the sequence with its past is longer than the block size.
+        token after each position, or -100 where none is supervised: the logits are then (supervised
+        positions, V) in row-major order, the loss is their mean cross-entropy in nats per token.
+        Raises ValueError if the tokens are more than the block size.
         """
-        past = past or self.learned_prefix()
-        self._check_length(idx.size(1) + prefix_length(past))
         if targets is None:
-            return self._head(self._run_blocks(idx, past)[0]), None
+            return self._head(self._run_blocks(idx, self._before(idx, past))[0]), None
+        logits = self._head(self._states_at(idx, targets, past))
+        return logits, F.cross_entropy(logits, targets[targets != IGNORE])
+
+    def nats(self, idx: Tensor, targets: Tensor, past: Prefix | None = None) -> Tensor:
+        """Return the cross-entropy (supervised positions,) without all logits at once."""
+        x = self._states_at(idx, targets, past)
+        with torch.autocast(x.device.type, enabled=False):
+            return cross_entropies(x.to(self.head.dtype), self.head, targets[targets != IGNORE])
+
+    def _states_at(self, idx: Tensor, targets: Tensor, past: Prefix | None) -> Tensor:
+        """Return the final hidden states at the supervised positions, in row-major order."""
         supervised = targets != IGNORE  # (B, T)
         # Each row's supervised positions in order; rows with fewer are filled with other positions.
         most = int(supervised.sum(dim=1).max())
         at = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
-        x, _ = self._run_blocks(idx, past, at)
-        logits = self._head(x[supervised.gather(1, at)])
-        return logits, F.cross_entropy(logits, targets[supervised], reduction=reduction)
+        x, _ = self._run_blocks(idx, self._before(idx, past), at)
+        return x[supervised.gather(1, at)]
 
     def prefill(self, idx: Tensor) -> Prefix:
         """Return, to use as `past`, a learned prefix and then `idx` (1, P), differentiable."""
         if len(idx) != 1:
             raise ValueError(f"all rows share a prefix: it is 1 sequence, not {len(idx)}")
-        learned = self.learned_prefix()
+        learned = self._before(idx)
         if not idx.numel():
             return learned
-        self._check_length(idx.size(1) + prefix_length(learned))
         own = self._run_blocks(idx, learned, at=idx.new_empty(1, 0))[1]
         return join_prefixes(learned, own)
 
-    def _check_length(self, length: int) -> None:
-        limit = self.config.block_size
-        if length > limit:
+    def _before(self, idx: Tensor, past: Prefix | None = None) -> Prefix:
+        """Return what stands before `idx` (B, T): `past`, or a learned prefix; check the length."""
+        past, limit = past or self.learned_prefix(), self.config.block_size
+        if (length := idx.size(1) + prefix_length(past)) > limit:
             raise ValueError(f"sequence of {length} tokens is longer than block_size={limit}")
+        return past
 
     def _run_blocks(
         self, idx: Tensor, prefix: Prefix | None = None, at: Tensor | None = None,
@@ -302,20 +302,20 @@ class Decoder(nn.Module):
     ) -> Iterator[Step]:
         """Yield the next token of each running row of `prompts`, step by step.
 
-        `batch_size` rows run at once, all by default; one that has ended leaves, and another takes
-        its place. Each may have a limit of new tokens of its own. temperature=0 or top_k=1 is
-        greedy. Without `past` a row continues beyond the block size, from its last tokens.
-
-        Raises ValueError for a row without tokens, for a negative `temperature` or `top_k`, or if
-        a row after `past` would exceed the block size.
+        `batch_size` rows of mean length run at once, all by default; one that has ended leaves, and
+        another takes its place. Each may have its own limit of tokens. temperature=0 or top_k=1 is
+        greedy. Without `past` a row continues beyond the block size, from its last tokens. Raises
+        ValueError for a row without tokens, a negative `temperature` or `top_k`, or too long a row.
         """
         past, size = past or self.learned_prefix(), self.config.block_size
         window = size - prefix_length(past)
         queue = Queue(prompts, max_new_tokens, batch_size, window, self.config.end_of_text)
-        if past and queue.longest > window + 1:  # the last token is not computed
+        if past and max(queue.limits, default=0) > window + 1:  # the last token is not computed
             raise ValueError(f"prompt and {max_new_tokens} new tokens exceed block_size={size}")
-        cache, tokens = Cache(queue.places, queue.slots), torch.empty(0, 1, device=self.device)
+        cache, tokens = Cache(queue.tokens), torch.empty(0, 1, device=self.device)
         while (joining := queue.admit()) or queue.rows:
+            if not cache.used:
+                cache.shape(queue.places, queue.slots)
             last = [self._run_blocks(part, past, at, cache)[0][:, -1]  # (B, C)
                     for part, at in cache.turns(tokens, joining)]
             logits = self._head(torch.cat(last))  # (R, V)
@@ -336,7 +336,7 @@ class Decoder(nn.Module):
         files that are missing or out of reach.
         """
         shape = read_shape(name_or_dir, cls.layout)
-        with torch.device("meta"):  # the weights come from the file: do not initialise any
+        with shapes_only():  # the weights come from the file
             model = cls(cls.config_class(**shape, **changes))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
         weights = read_weights(name_or_dir, cls.layout, base)

@@ -34,11 +34,11 @@ from models.tokenizer import load_tokenizer
 from runtime import result_files, run_folder
 from runtime.device import (
     DeviceConfig,
+    PhaseMemory,
     autocast,
     describe,
     dtype_name,
     explain_out_of_memory,
-    peak_memory,
     set_up_memory,
 )
 from runtime.kv_cache import SharedPrefix
@@ -89,7 +89,7 @@ class TrainConfig(
 
 
 # A resumed run may train longer, its decay as it was planned, and on another device.
-MAY_CHANGE = ("max_iters", "eval_only", "device", "backend")
+MAY_CHANGE = ("max_iters", "eval_only", "device", "backend", "gradient_checkpointing")
 MAY_DIFFER = (*MAY_CHANGE, "lr_decay_iters", "dtype")  # `resumed` has checked or set these
 PROGRESS = ("iteration", "evaluated", "checkpoints")
 
@@ -167,7 +167,7 @@ class Run:
         # The default scale of 2^16 overflows in the first steps, which a short run cannot spare.
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)
-        self.iteration, self.evaluated = 0, False
+        self.iteration, self.evaluated, self.memory = 0, False, PhaseMemory(self.device)
         self.checkpoints: dict[str, dict[str, float]] = {}  # iteration and loss of best and last
         self.lock = run_folder.lock_folder(self.folder) if rank() == 0 else None
         if saved:
@@ -206,6 +206,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Validate, log, and save the checkpoints that are due."""
+        self.memory.end("training")
         measures = validate(self.model, self.validation_batches, self.dtype)
         loss = measures.pop("loss")
         if not math.isfinite(loss):
@@ -221,7 +222,7 @@ class Run:
         if not self.evaluated:
             logged = {f"validation_{name}": value for name, value in results.items()}
             self.metrics.log(self.iteration, validation_loss=loss, **logged,
-                             memory_mib=peak_memory(self.device) / 2**20)
+                             **self.memory.end("validation"))
         self.evaluated = True
         if rank() == 0:
             tqdm.write(f"step {self.iteration}: validation loss {loss:.4f}, {summary}")
@@ -349,14 +350,14 @@ def score_test(run: Run) -> dict[str, dict[str, Any]]:
         if twin and rank() == 0:  # saved at the same validation: the weights are equal
             result_files.copy_results(run.folder / twin, run.folder / name)
         scores[name] = scores[twin] if twin else score_checkpoint(run, name)
-        run.metrics.log(run.iteration,
+        run.metrics.log(run.iteration, **run.memory.end("test"),
                         **{f"test_{task.headline}_{name}": scores[name][task.headline]})
         loss = f"{saved['loss']:.4f}" if "loss" in saved else ""
         rows.append({"checkpoint": name, "step": str(saved["iteration"]), "validation loss": loss,
                      **task.columns(scores[name])})
     if rank() == 0:
         run_folder.mark_finished(run.metrics, run.iteration)
-        print("", table(rows), sep="\n")
+        print("", table(rows), "", *run_folder.next_steps(config.out_dir), sep="\n")
     return scores
 
 

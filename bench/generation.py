@@ -20,12 +20,14 @@ WARM_UP = 4  # tokens of an answer in the warm-up: enough to reach every product
 def answer_limits(config: BenchConfig) -> Mapping[str, list[int]]:
     """Return the tokens of each answer in each setting: one alone, a batch, a queue of mixed ones.
 
-    The mixed limits are evenly spread over the whole range, in random order.
+    The mixed limits are evenly spread over the whole range, in random order unless `sort_answers`.
     """
     longest, number = config.new_tokens, config.prompts
     fewest = min(config.fewest_new_tokens, longest)
     mixed = [fewest + i * (longest - fewest) // max(1, number - 1) for i in range(number)]
     random.Random(config.seed).shuffle(mixed)
+    if config.sort_answers:
+        mixed.sort(reverse=True)
     return {"generate_single": [longest], "generate": [longest] * config.generate_batch_size,
             "generate_mixed": mixed}
 

@@ -17,7 +17,10 @@ from train import TrainConfig
 
 
 class Prompts(NamedTuple):
-    """Token ids to continue, each by its limit of tokens, at most `batch_size` at once."""
+    """Token ids to continue, each by its limit of tokens, `batch_size` at once.
+
+    Ours fits as many short ones into the memory of `batch_size` rows of mean length as it holds.
+    """
 
     rows: list[list[int]]
     limits: list[int]

@@ -23,8 +23,9 @@ from dataloader import make_loader
 from lora import mark_only_lora_as_trainable
 from methods.build import store_frozen_projections
 from model import GPT, IGNORE, SIZES, Decoder, GPTConfig
+from runtime.attention import attend
 from runtime.device import autocast
-from runtime.kernels import attend
+from runtime.kernels import CHUNK, cross_entropies
 from runtime.kv_cache import KeyValue, SharedPrefix
 from train import TrainConfig
 
@@ -105,7 +106,7 @@ class Estimate(NamedTuple):
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # the peak of all that forward and backward pass make, logits too
-    logits: int  # of the batch, in float32; among the activations
+    logits: int  # that exist at once, in float32; among the activations
 
     @property
     def total(self) -> int:
@@ -115,16 +116,15 @@ class Estimate(NamedTuple):
 def run_step(model: Decoder, shape: BatchShape, dtype: torch.dtype) -> None:
     """Run forward and backward pass of a batch as `train_step` does, but on any values.
 
-    The supervised positions come last: `Decoder.forward` finds them by values, which fake tensors
-    do not have.
+    `Decoder.nats` finds the supervised positions by values, which fake tensors do not have.
     """
     rows = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)  # (B, T)
     at = torch.zeros(shape.rows, shape.supervised, dtype=torch.long)  # (B, W)
     with autocast(rows.device, dtype):
         prefix = SharedPrefix(model.prefill(rows.new_zeros(1, shape.prefix)))
         x, _ = model._run_blocks(rows, prefix.past, at)
-        loss = F.cross_entropy(model._head(x.flatten(0, 1)), at.flatten())
-    loss.backward()
+    nats = cross_entropies(x.flatten(0, 1).to(model.head.dtype), model.head, at.flatten())
+    nats.mean().backward()
     prefix.backward()
 
 
@@ -132,7 +132,7 @@ def fused_attend(
     q: Tensor, k: Tensor, v: Tensor, prefix: KeyValue | None, mask: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute `kernels.attend` as on a GPU: each row gets a copy of the prefix's keys and values.
+    """Compute `attend` as on a GPU: each row gets a copy of the prefix's keys and values.
 
     The fused kernel keeps no attention weights, not even with `dropout`, which is left out here: on
     a CPU, dropout would keep them.
@@ -170,8 +170,9 @@ def estimate(
                 live.ignore(tensor)
             run_step(model, shape, dtype)
     own = bytes_of(trained)
+    at_once = min(shape.rows * shape.supervised, max(1, CHUNK // config.vocab_size))
     return Estimate(bytes_of(weights) - own, own, own, 2 * own, live.peak,
-                    4 * shape.rows * shape.supervised * config.vocab_size)
+                    4 * at_once * config.vocab_size)
 
 
 def preset_path(name: str) -> str:

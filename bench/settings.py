@@ -35,6 +35,7 @@ class BenchConfig(DeviceConfig):
     new_tokens: Annotated[int, "what=generate: tokens of a long answer", Bounds(1)] = 256
     fewest_new_tokens: Annotated[int, "what=generate: of the shortest answer", Bounds(1)] = 16
     generate_batch_size: Annotated[int, "what=generate: answers at once", Bounds(1)] = 16
+    sort_answers: Annotated[bool, "what=generate: mixed answers stand longest first"] = False
     rounds: Annotated[int, "measurements per contender, after a warm-up", Bounds(1)] = 5
     dataset: Annotated[str, "rotten_tomatoes, movie_reviews or a folder"] = "movie_reviews"
     seed: Annotated[int, "seed of the weights and the reviews", Bounds(0, 2**63 - 1)] = 1337

@@ -24,7 +24,14 @@ from experiments.escaping import code, fenced, plain
 from experiments.figures import accuracy_by_rank, similarities, spectra
 from experiments.page import check_folder, write_page
 from experiments.results import Section
-from experiments.subspaces import Update, amplification, similarity, truncate, updates
+from experiments.subspaces import (
+    Update,
+    amplification,
+    similarity,
+    singular_values,
+    truncate,
+    updates,
+)
 from generate import ModelSampler, ModelSettings
 from methods.build import load_checkpoint
 from model import Decoder
@@ -71,8 +78,7 @@ class Learned:
 
 
 def spectrum_section(run: Learned) -> Section:
-    parts = {part: [update.svd()[1].tolist() for update in each]
-             for part, each in run.by_part().items()}
+    parts = singular_values(run.updates)
     lines = [["", "largest singular value, mean over the layers", "of the sum of squares: first 1",
               "first 4", "first 16"]]
     for part, layers in parts.items():

@@ -15,6 +15,11 @@ def visible(text: str) -> str:
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def in_html(text: str) -> str:
+    """Escape any text for HTML."""
+    return html.escape(visible(text))
+
+
 def one_line(text: str) -> str:
     return visible(" ".join(text.split()))
 

@@ -215,6 +215,28 @@ def accuracy_by_rank(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
     return figure
 
 
+def over_strength(
+    values: Mapping[float, float], title: str, n: int = 0, here: float | None = None
+) -> Figure:
+    """Draw a share over the factor of ΔW, with its 95 % interval if it is of `n` examples.
+
+    `here` marks one factor.
+    """
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    colour, marker, _ = STYLES[0]
+    axes.plot(values.keys(), values.values(), marker=marker, markersize=4, color=colour)
+    if n:
+        low, high = zip(*(wilson_interval(value * n, n) for value in values.values()), strict=True)
+        axes.fill_between(values.keys(), low, high, color=colour, alpha=0.15, linewidth=0)
+    if here is not None:
+        axes.axvline(here, color=STYLES[1][0], linestyle="--")
+    axes.set(xlabel="s, the factor of ΔW (0: base, 1: as trained)", ylabel=shown(title),
+             ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def rate_lines(series: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """Draw the best validation loss over the learning rate.
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from checkpoints.files import read_json
 from checkpoints.pretrained import PACKAGED, checkpoint_digest
+from experiments.escaping import in_words
+from runtime.folder_guard import FINE_TUNING, settings_of
 from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.run_folder import CONFIG_FILE, SavedRun, changed_settings, read_run
+from runtime.run_folder import CONFIG_FILE, SavedRun, changed_settings, is_finished, read_run
 from tasks.base import Task
 from tasks.registry import make_task, resolve_dataset
 from tasks.sources import data_digest
@@ -44,6 +46,27 @@ class TrainedRun(NamedTuple):
     def validation_loss(self) -> float:
         """The lowest loss after step 0, which chose the best checkpoint."""
         return min(later_losses(self.metrics))
+
+
+def find_runs(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the folders of finished runs of `train.py` in `root` or below, newest first.
+
+    With them comes a sentence on each run that is unfinished or damaged.
+    """
+    finished, notes = [], []
+    for path in sorted(root.rglob(CONFIG_FILE), key=lambda path: -path.stat().st_mtime):
+        try:
+            read_json(path)  # `settings_of` takes a damaged file for another program's
+            if FINE_TUNING not in (settings_of(path.parent) or {}):
+                continue
+            if is_finished(path.parent):
+                load_run(path.parent)
+                finished.append(path.parent)
+            else:
+                notes.append(f"{path.parent} is not finished")
+        except UNREADABLE as error:
+            notes.append(in_words(error))
+    return finished, notes
 
 
 def load_run(folder: Path) -> TrainedRun:

@@ -1,5 +1,6 @@
 """Run scripts as processes, several at a time; finished ones are skipped."""
 
+import atexit
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -224,6 +226,35 @@ class Job(NamedTuple):
         return "it ended without its result" + (f": {reason}" if reason else "")
 
 
+class SharedJob:
+    """A job that several readers start and follow; its process ends with this one."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.lock = job, Lock()
+        self.process: subprocess.Popen | None = None
+
+    def follow(self) -> Iterator[str]:
+        """Start it, resume it, or join it; yield what it has printed, and last how it ended."""
+        try:
+            with self.lock:
+                if self.process is None or self.process.poll() is not None:
+                    self.process = self.job.start({})
+                    atexit.register(self.process.terminate)  # it saves its state first
+            while self.process.poll() is None:
+                yield self.printed()
+                time.sleep(0.5)
+            error = self.job.failure(self.process.returncode)
+            yield f"{self.printed()}\n{f'error: {error}' if error else 'The run is finished.'}"
+        except UNREADABLE as error:
+            yield f"error: {in_words(error)}"
+
+    def printed(self) -> str:
+        """Return the last twelve lines of its log, and of a progress bar the last state."""
+        text = self.job.log.read_bytes().decode("utf-8", "replace").rpartition(ATTEMPT)[2]
+        lines = text.rstrip().split("\n")[-12:]
+        return "\n".join(line.rstrip().rpartition("\r")[2] for line in lines)
+
+
 def make_job(name: str, script: str, settings: Mapping[str, Any], defaults: TrainConfig |
              GenerateConfig, out_dir: str) -> Job:
     """Name the run's folder after the settings that differ from the defaults, too.
@@ -239,6 +270,14 @@ def make_job(name: str, script: str, settings: Mapping[str, Any], defaults: Trai
     added_later = changed.keys() - FIRST_SETTINGS - FREE_SETTINGS
     use_first = first.is_dir() and not folder.exists() and not added_later
     return Job(name, script, changed, first if use_first else folder)
+
+
+def job_of(folder: Path, config: TrainConfig) -> Job:
+    """Return the job of a run that stands in `folder`, whoever started it."""
+    defaults = asdict(TrainConfig())
+    changed = {name: value for name, value in asdict(config).items()
+               if name != "out_dir" and value != defaults[name]}
+    return Job(folder.name, "train.py", changed, folder)
 
 
 def fingerprint(settings: Mapping[str, Any], names: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,7 @@ import markdown
 from checkpoints.files import atomic_write
 from experiments.results import Section
 
+EXTENSIONS = ("tables", "fenced_code", "md_in_html")
 # The page runs no script and loads nothing, whatever texts it holds.
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -78,13 +80,29 @@ def write_page(
     return folder / "report.md"
 
 
+def section_html(section: Section) -> str:
+    """Return a section as a part of a page: its title, its picture, and the numbers below it."""
+    head, lines = (markdown.markdown("\n".join(text), extensions=EXTENSIONS) for text in (
+        [f"### {section.title}", "", section.basis], section.lines))
+    if not section.figure:
+        return head + lines
+    file = io.BytesIO()
+    section.figure.savefig(file, dpi=110, format="png")
+    title = html.escape(section.title)
+    return (f'{head}<img alt="{title}: the table below has the numbers" '
+            f'src="{data_uri(file.getvalue())}">{lines}')
+
+
+def data_uri(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
 def to_html(text: str, folder: Path) -> str:
     """Return the report as one HTML page with its pictures inside."""
-    body = markdown.markdown(text, extensions=["tables", "fenced_code", "md_in_html"])
+    body = markdown.markdown(text, extensions=EXTENSIONS)
 
     def inline(match: re.Match) -> str:
-        picture = base64.b64encode((folder / match[2]).read_bytes()).decode()
-        return f'{match[1]}src="data:image/png;base64,{picture}"'
+        return f'{match[1]}src="{data_uri((folder / match[2]).read_bytes())}"'
 
     body = re.sub(r'(<img [^<>]*)src="(\w+\.png)"', inline, body)
     title = html.escape(text.partition("\n")[0].lstrip("# "))

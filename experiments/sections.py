@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from experiments.escaping import fenced, plain
 from experiments.figures import (
@@ -30,6 +29,7 @@ from experiments.results import (
 from lora import count_parameters, mark_only_lora_as_trainable
 from model import GPT, SIZES
 from models.families import family_of, load_config
+from runtime.device import shapes_only
 from runtime.metrics import training_seconds
 from tasks.registry import find_task
 from tasks.scores import markdown_table, wilson_interval
@@ -102,7 +102,7 @@ def shares(rows: Sequence[Row], config: TrainConfig) -> Section:
     for name, shape in shapes.items():
         cells = []
         for rank in ranks:
-            with torch.device("meta"):  # has shapes, but allocates no memory
+            with shapes_only():
                 model = family(replace(shape, lora_rank=rank))
             count = count_parameters(mark_only_lora_as_trainable(model))
             cells.append(f"{count.trained:,} ({count.share:.2%})")

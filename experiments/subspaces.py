@@ -3,7 +3,8 @@
 The quantities of sections 7.2 and 7.3 of the paper (Hu et al. 2021, arXiv:2106.09685).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ class Update(NamedTuple):
 def updates(model: nn.Module) -> Iterator[Update]:
     """Yield the updates of an unmerged `model`, q, k and v apart."""
     for name, layer in lora_layers(model).items():
-        leaf = name.rpartition(".")[2]
-        parts = FUSED.get(leaf, (leaf.removesuffix("_proj"),))
+        *_, block, leaf = name.split(".")
+        short = f"{block}.{leaf}" if leaf == "c_proj" else leaf.removesuffix("_proj")  # GPT-2's two
+        parts = FUSED.get(leaf, (short,))
         yield from _parts(name, layer, parts)
 
 
@@ -47,6 +49,14 @@ def _parts(name: str, layer: LoRALinear, parts: tuple[str, ...]) -> Iterator[Upd
             name, part, matrices[i % len(matrices)].detach(),
             layer.lora_B.detach().chunk(len(parts))[i], len(matrices) < len(parts),
             layer.lora_scaling, layer.weight.detach().float().chunk(len(parts))[i])
+
+
+def singular_values(found: Iterable[Update]) -> dict[str, list[list[float]]]:
+    """Return the singular values of each layer's ΔW by the part of the block it stands in."""
+    parts: dict[str, list[list[float]]] = {}
+    for update in found:
+        parts.setdefault(update.part, []).append(update.svd()[1].tolist())
+    return parts
 
 
 def similarity(one: Tensor, other: Tensor) -> Tensor:
@@ -99,3 +109,19 @@ def truncate(model: nn.Module, directions: int) -> None:
         kept = min(directions, len(S))
         update.B.zero_()[:, :kept] = U[:, :kept] * (S[:kept] / update.scaling)
         update.A.zero_()[:kept] = Vh[:kept]
+
+
+@contextmanager
+def scaled(model: nn.Module, strength: float) -> Iterator[None]:
+    """Multiply every ΔW of an unmerged `model` by `strength` within a `with` block.
+
+    With 0 it computes its base, exactly; with 1 what it learned.
+    """
+    scalings = {layer: layer.lora_scaling for layer in lora_layers(model).values()}
+    try:
+        for layer, scaling in scalings.items():
+            layer.lora_scaling = strength * scaling
+        yield
+    finally:
+        for layer, scaling in scalings.items():
+            layer.lora_scaling = scaling

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.escaping import one_line, plain, visible
+from experiments.escaping import in_html, one_line, plain
 from experiments.figures import validation_curves
 from experiments.results import (
     Row,
@@ -130,4 +130,4 @@ def preformatted(text: str) -> str:
 def in_one_line(text: str, line_end: str) -> str:
     """Escape any text and its line ends, because a blank line would end the table."""
     lines = text.replace("\r\n", "\n").split("\n")
-    return line_end.join(html.escape(visible(line)).replace("\t", "&#9;") for line in lines)
+    return line_end.join(in_html(line).replace("\t", "&#9;") for line in lines)

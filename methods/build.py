@@ -1,12 +1,14 @@
 """Build the model of a run: a checkpoint, and on it what the run's method adds and trains."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from checkpoints.files import local_path
 from checkpoints.peft_format import load_adapter, save_adapter
@@ -57,6 +59,9 @@ class MethodConfig:
         int, "features of the network that computes the prefix in training; 0 is none", Bounds(0)
     ] = 0
     dropout: Annotated[float, "dropout of the model itself", Bounds(0, 1)] = 0.0
+    gradient_checkpointing: Annotated[
+        bool, "keep each block's input alone, and compute the rest again: less memory, more time"
+    ] = False
 
     @property
     def trained(self) -> MethodName:
@@ -94,6 +99,8 @@ def build_model(
         case "prefix":
             add_prefix(model, config.prefix_tokens, config.prefix_projection)
     store_frozen_projections(model, dtype)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
     return model.to(device)
 
 
@@ -124,6 +131,17 @@ def store_frozen_projections(model: Decoder, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)
+
+
+def checkpoint_gradients(model: Decoder) -> None:
+    """Let the backward pass compute each block again (Chen et al. 2016, arXiv:1604.06174)."""
+    def once_more(forward: Callable[..., Any], *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    for block in model.blocks:
+        block.forward = partial(once_more, block.forward)
 
 
 def save_checkpoint(

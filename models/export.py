@@ -3,10 +3,9 @@
 import tempfile
 from pathlib import Path
 
-import torch
-
 from model import Decoder
 from models.tokenizer import Tokenizer
+from runtime.device import shapes_only
 
 
 def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
@@ -16,7 +15,7 @@ def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     Raises ValueError if `folder` exists or if the model has parts that transformers' has not,
     OSError if it cannot be written.
     """
-    with torch.device("meta"):
+    with shapes_only():
         plain = type(model)(model.config).state_dict()
     if extra := next((name for name in model.state_dict() if name not in plain), ""):
         raise ValueError(f"export: transformers' model has no {extra}, and it cannot be merged")

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoints.pretrained import read_layout, read_shape
 from model import GPT, Decoder, DecoderConfig
 from models.llama import Llama
+from runtime.device import shapes_only
 
 FAMILIES: tuple[type[Decoder], ...] = (GPT, Llama)
 
@@ -30,5 +29,5 @@ def load_config(name_or_dir: str | Path) -> DecoderConfig:
 
 def parameter_names(name: str | Path) -> list[str]:
     """Return the names of the parameters of a checkpoint's model; raise as `load_config` does."""
-    with torch.device("meta"):
+    with shapes_only():
         return list(family_of(name)(load_config(name)).state_dict())

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from checkpoints.layouts import LLAMA
 from model import Decoder, DecoderConfig
+from runtime.attention import attend
 from runtime.elementwise import rms_norm, rotate, swiglu
-from runtime.kernels import at_positions, attend
+from runtime.kernels import at_positions
 from runtime.kv_cache import KeyValue, View
 
 QKV = ("q_proj", "k_proj", "v_proj")

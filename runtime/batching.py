@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,40 +55,49 @@ def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-class Queue:
-    """Texts that grow token by token, in a batch of `places`: the longest prompts come first.
+class Step(NamedTuple):
+    """A new token for each running row of a generation."""
 
-    A text leaves after its limit of new tokens, or with a token of `ends`; the next ones take its
-    place. One that fills the whole `window` of the model waits again, to run from its last tokens.
-    Raises ValueError for a prompt without tokens.
+    rows: list[int]  # their indices among the prompts; new ones stand last
+    logits: Tensor  # (R, V)
+    tokens: Tensor  # (R, 1), chosen from the logits
+
+
+class Queue:
+    """Texts that grow token by token in a batch: the longest come first.
+
+    A text leaves after its limit of new tokens, or with a token of `ends`, and the next ones take
+    its place. The batch has `tokens` for `batch_size` texts of mean length: room for fewer long or
+    for more short ones. A text that fills the whole `window` of the model waits again, to run from
+    its last tokens. Raises ValueError for a prompt without tokens.
     """
 
     def __init__(
-        self, prompts: Sequence[list[int]], limits: int | Sequence[int], places: int | None,
+        self, prompts: Sequence[list[int]], limits: int | Sequence[int], batch_size: int | None,
         window: int, ends: Sequence[int],
     ) -> None:
         if not all(prompts):
             raise ValueError("each prompt needs at least one token")
         limits = [limits] * len(prompts) if isinstance(limits, int) else limits
-        self.texts = [list(prompt) for prompt in prompts]
-        self.ends_at = [len(row) + limit for row, limit in zip(prompts, limits, strict=True)]
-        self.places, self.window, self.ends = places or len(prompts), window, ends
-        self.rows: list[int] = []  # of the batch: indices of texts
+        self.texts, self.window, self.ends = [list(row) for row in prompts], window, ends
+        self.limits = [len(row) + limit for row, limit in zip(prompts, limits, strict=True)]
         self.waiting = [i for i in range(len(prompts)) if limits[i] > 0]
-        self.waiting.sort(key=lambda i: len(prompts[i]))
+        self.waiting.sort(key=self.slots_of)
+        self.rows: list[int] = []  # of the batch: indices of texts
+        self.places = self.slots = 0  # rows of the batch, and tokens of each
+        slots = [self.slots_of(i) for i in self.waiting] or [0]
+        mean = sum(slots) // len(slots) if batch_size else slots[-1]
+        self.tokens = max(slots[-1], min(batch_size or len(slots), len(slots)) * mean)
 
-    @property
-    def longest(self) -> int:
-        """The most tokens that a text may have."""
-        return max(self.ends_at, default=1)
-
-    @property
-    def slots(self) -> int:
-        """The most tokens of a row that are ever computed: all but its last."""
-        return min(self.longest - 1, self.window)
+    def slots_of(self, i: int) -> int:
+        """The tokens of a text that are computed at once: all but its last."""
+        return min(self.limits[i] - 1, self.window)
 
     def admit(self) -> list[list[int]]:
         """Return the prompts that join the batch now; their rows stand last."""
+        if self.waiting and not self.rows:
+            self.slots = self.slots_of(self.waiting[-1])
+            self.places = self.tokens // self.slots
         first = max(0, len(self.waiting) - (self.places - len(self.rows)))
         joining = self.waiting[first:][::-1]
         prompts = [self.texts[i][-self.window :] for i in joining]
@@ -103,7 +113,7 @@ class Queue:
         for place, (i, token) in enumerate(zip(self.rows, tokens, strict=True)):
             text = self.texts[i]
             text.append(token)
-            if token in self.ends or len(text) == self.ends_at[i]:
+            if token in self.ends or len(text) == self.limits[i]:
                 continue
             if len(text) > self.window:
                 self.waiting.append(i)

@@ -6,12 +6,13 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -57,6 +58,25 @@ def describe(device: torch.device) -> dict[str, str]:
             "python": platform.python_version()}
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leave tensors as they are where `torch.nn.init` would fill them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Give the modules that are made here shapes and dtypes, but neither memory nor values.
+
+    To draw from a normal distribution on "meta", torch would import its compiler, for a second.
+    """
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: allocated on CUDA, else resident.
 
@@ -72,6 +92,34 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.is_file() else "")
     return 1024 * int(found[1]) if found else 0
+
+
+class PhaseMemory:
+    """The peak memory of each phase of a run, in MiB.
+
+    Where the system cannot forget a peak (not Linux, not CUDA), a phase has that of all before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, float] = {}
+
+    def end(self, phase: str) -> dict[str, float]:
+        """End a phase; return the last peak of each phase so far, and the largest as memory_mib."""
+        peak = peak_memory(self.device) / 2**20
+        self.peaks[f"{phase}_memory_mib"] = peak
+        self.peaks["memory_mib"] = max(peak, self.peaks.get("memory_mib", 0.0))
+        forget_peak_memory(self.device)
+        return dict(self.peaks)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew from what is in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -125,8 +173,8 @@ def explain_out_of_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "the GPU's memory is full; a smaller batch_size (and more "
-            f"gradient_accumulation_steps) needs less: {error}"
+            "the GPU's memory is full; a smaller batch_size (and more gradient_accumulation_steps) "
+            f"needs less, and so does gradient_checkpointing=True: {error}"
         ) from None
 
 

@@ -1,8 +1,9 @@
-"""Linear layers, attention and sampling, computed with the fastest of torch's kernels.
+"""Linear layers, cross-entropy and sampling, computed with the fastest of torch's kernels.
 
 Dimensions as in `model.py`.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 64  # of an input; the tokens of one step of generation
+CHUNK = 2**24  # logits at once: 64 MiB
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if plain:
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.size(-1):
+    few = x.numel() <= FEW_ROWS * x.size(-1) and weight.is_contiguous()
+    if few and not torch.is_grad_enabled():
         return _few_rows(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias)
 
@@ -79,59 +82,56 @@ class _OneDnnLinear(torch.autograd.Function):
         )
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Return softmax(q K' / sqrt(D)) V, (B, H, T, D), over a shared prefix and each row's keys.
+def cross_entropies(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Return `F.cross_entropy(x @ head.T, targets, reduction="none")`, (N,), in nats.
 
-    q is (B, H, T, D); k and v, of each row's own tokens, are (B, K, S, D), where H / K heads of
-    queries share one of keys. `prefix` holds keys and values (1, K, P, D) that all queries see.
-    `mask` (B or 1, 1, T, S) is True where a query sees an own key; without it attention is causal
-    and S = T.
+    x is (N, C), head (V, C). At most `CHUNK` logits exist at once. The gradient of x is computed
+    beside the loss while the head is frozen, and later, from the logits again, if it is trained.
     """
-    shape, shared = q.shape, q.size(1) // k.size(1)
-    if not q.numel():
-        return q
-    if prefix is None and mask is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared > 1)
-    if mask is None:
-        mask = torch.ones(1, 1, shape[2], shape[2], dtype=torch.bool, device=q.device).tril()
-    if shared > 1:  # stand the queries of one key below each other: no key is copied
-        q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
-    if prefix is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
-    (B, _, T, D), P = q.shape, prefix[0].size(2)
-    prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
-    # For short rows the attention weights take less memory than copies of the prefix.
-    if q.device.type == "cpu" and T < 2 * D:
-        return _attend_in_parts(q, k, v, prefix, mask, dropout).reshape(shape)
-    k, v = (torch.cat((first.expand(B, -1, -1, -1), own), dim=2)  # (B, K, P+S, D)
-            for first, own in zip(prefix, (k, v), strict=True))
-    mask = F.pad(mask, (P, 0), value=True)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
+    return _CrossEntropies.apply(x, head, targets)
 
 
-def _attend_in_parts(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
-) -> Tensor:
-    """Attend to the prefix for all rows in one product per head, without a copy for each row."""
-    (B, H, T, D), S = q.shape, k.size(2)
-    prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
-    q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))  # (H·B, T or S, D)
-    all_q, scale = q.view(H, B * T, D), D**-0.5
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    bias = bias.transpose(0, 1).expand(H, B, T, S).flatten(0, 1)  # (H·B, T, S)
-    to_prefix = torch.baddbmm(
-        q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
-    to_own = torch.baddbmm(bias, q, k.mT, alpha=scale)  # (H·B, T, S)
-    scores = torch.cat((to_prefix.view(H * B, T, -1), to_own), dim=-1)  # (H·B, T, P+S)
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
-    on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
-    y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)  # (H, B·T, P) x (H, P, D)
-    y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
-    return y.view(H, B, T, D).transpose(0, 1)  # (B, H, T, D)
+class _CrossEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        for_x, for_head, _ = ctx.needs_input_grad
+        nats, by_x = x.new_empty(len(x)), torch.empty_like(x) if for_x and not for_head else None
+        for part in _row_chunks(len(x), len(head)):
+            nats[part], error = _nats_and_error(x[part], head, targets[part])
+            if by_x is not None:
+                by_x[part] = linear(error, head.t())
+        ctx.save_for_backward(x if for_head else None, head, targets, by_x)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, head, targets, by_x = ctx.saved_tensors
+        if by_x is not None:
+            return by_x * grad[:, None], None, None
+        by_x, by_head = torch.empty_like(x), torch.zeros_like(head)
+        for part in _row_chunks(len(x), len(head)):
+            _, error = _nats_and_error(x[part], head, targets[part])
+            error *= grad[part, None]
+            by_x[part] = linear(error, head.t())
+            by_head += linear(error.t(), x[part].t())  # (V, C)
+        return by_x, by_head, None
+
+
+def _row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK // vocabulary)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _nats_and_error(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropies (N,) and their gradient (N, V) by the logits."""
+    logits, each = linear(x, head), torch.arange(len(x), device=x.device)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    chosen = logits[each, targets]
+    total = logits.exp_().sum(dim=-1)
+    logits /= total[:, None]
+    logits[each, targets] -= 1
+    return total.log() - chosen, logits
 
 
 def at_positions(x: Tensor, at: Tensor) -> Tensor:

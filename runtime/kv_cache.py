@@ -4,6 +4,7 @@ Dimensions as in `model.py`; R rows are running, S is the number of slots in use
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -38,9 +39,10 @@ class Cache:
     cache does not hold the prefix that all rows share.
     """
 
-    def __init__(self, places: int, slots: int) -> None:
-        self.places, self.slots = places, slots
-        self.buffers: list[KeyValue] = []  # of each layer, each (places, K, slots, D)
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens  # in all rows together
+        self.memory: list[KeyValue] = []  # of each layer, each (tokens, K, D)
+        self.buffers: list[KeyValue] = []  # the same memory as (places, K, slots, D)
         self.used: list[int] = []
         self.joining: slice | None = None  # the rows whose prompts run now; None: all, one token
 
@@ -69,11 +71,22 @@ class Cache:
             self.used += lengths
         self.joining = None
 
+    def shape(self, places: int, slots: int) -> None:
+        """Make room for so many rows of so many tokens; there are none yet."""
+        self.places, self.slots = places, slots
+        self.buffers = [(self._as_rows(keys), self._as_rows(values))
+                        for keys, values in self.memory]
+
+    def _as_rows(self, memory: Tensor) -> Tensor:
+        shape = self.places, memory.size(1), self.slots, memory.size(2)
+        return memory.view(-1)[: math.prod(shape)].view(shape)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         """Store the new `k` and `v` (B, K, T, D) of a layer; return all that its rows attend to."""
         if layer == len(self.buffers):  # not before: autocast decides the dtype
-            shape = (self.places, k.size(1), self.slots, k.size(3))
-            self.buffers.append((k.new_zeros(shape), v.new_zeros(shape)))
+            keys, values = (x.new_zeros(self.tokens, x.size(1), x.size(3)) for x in (k, v))
+            self.memory.append((keys, values))
+            self.buffers.append((self._as_rows(keys), self._as_rows(values)))
         keys, values = self.buffers[layer]
         if self.joining is not None:
             keys[self.joining, :, : k.size(2)], values[self.joining, :, : k.size(2)] = k, v

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -166,6 +166,14 @@ def of_rank_zero(value: Item) -> Item:
         with exit_if_a_process_is_gone():
             dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def typed_texts() -> Iterator[str]:
+    """Yield the lines on the stdin of rank 0 up to an empty one; on a terminal, ask for them."""
+    prompt = "Type a text; an empty line ends: " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while rank() == 0 and (line := input(prompt)).strip():
+            yield line
 
 
 @contextmanager

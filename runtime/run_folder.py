@@ -7,6 +7,7 @@ and `finished.json` says that the run is complete.
 
 import hashlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -281,6 +282,15 @@ def mark_finished(metrics: MetricsLog, iteration: int) -> None:
     """Plot a run's metrics, then record that it has taken `iteration` steps and is scored."""
     metrics.plot()
     write_json(metrics.folder / FINISHED_FILE, {"iteration": iteration})
+
+
+def next_steps(out_dir: str) -> list[str]:
+    """Return the commands that score a run again, ask it, and show it in the page of `demo/`."""
+    folder, named = Path(out_dir), shlex.quote(f"out_dir={out_dir}")
+    page = "" if Path("out") in (folder, *folder.parents) else f" {named}"  # its default
+    return [f"score it again:  python generate.py init_from=resume {named}",
+            f"ask it yourself: python generate.py init_from=resume {named} ask=True",
+            f"open the page:   python -m demo{page}"]
 
 
 def is_finished(folder: Path) -> bool:

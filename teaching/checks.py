@@ -4,6 +4,7 @@ Each test takes what a probe saw and returns claims, (whether it holds, what was
 points are divided equally among them. No message holds a right answer in numbers or in code.
 """
 
+import math
 import unittest
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ from gradescope_utils.autograder_utils.decorators import number, partial_credit,
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from teaching import probes
-from teaching.probes import ALPHA, IDS, IN, OUT, RANK, REVIEWS, SCORED, SHAPE, draw
+from teaching import model_probes as probes
+from teaching.layer_probes import ALPHA, IN, OUT, RANK, draw
+from teaching.model_probes import IDS, PREFIX, REVIEWS, SCORED, SHAPE, TOKENS
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Seen
 
@@ -255,6 +257,39 @@ def bottleneck(seen: dict[str, Any]) -> Claims:
         (seen["shapes"] == [[3], [3, 6], [6], [6, 3]], "Expected two layers with their biases."),
         (seen["started"] < 1e-3, "Expected a new bottleneck to change next to nothing."),
         (close(seen["y"], y), "Expected the input plus the network's output."),
+        (all(close(end, y) for end in seen["ends"]),
+         "Expected a bottleneck behind each sub-layer of each block."),
+        (trains_only(seen["trained"], "bottleneck"),
+         "Expected the bottlenecks to be trained and everything else to be frozen."),
+    ]
+
+
+def trains_only(names: Sequence[str], word: str) -> bool:
+    """Tell whether parameters are trained, and only those of modules called `word`."""
+    return bool(names) and all(word in name.split(".") for name in names)
+
+
+def same_pairs(seen: Sequence[Sequence[Any]], flat: Tensor) -> bool:
+    """Tell whether the pairs are keys and values of `flat` (P, 2·L·K·D), layer by layer."""
+    parts = flat.reshape(len(flat), *PREFIX).permute(1, 2, 0, 3).unsqueeze(1)  # (2L, 1, K, P, D)
+    found = [tensor for pair in seen for tensor in pair]
+    return len(found) == len(parts) and all(map(close, found, parts))
+
+
+@check
+def prefix(seen: dict[str, Any]) -> Claims:
+    ids = seen["asked"][-1][0] if seen["asked"] else []
+    return [
+        (same_pairs(seen["plain"], draw("prefix", TOKENS, math.prod(PREFIX))),
+         "Expected a key and a value (1, heads, positions, features) for each layer, from the "
+         "numbers of each position in the order of the docstring."),
+        (same_pairs(seen["network"], torch.tensor(seen["flat"])),
+         "Expected the network's output where the prefix has a network."),
+        (len(ids) == TOKENS and same_pairs(seen["start"], probes.table()[ids]),
+         "Expected the prefix to start as the keys and values that the model computes for tokens."),
+        (trains_only(seen["trained"], "learned_prefix"),
+         "Expected the prefix to be trained and everything else to be frozen."),
+        (seen["counted"] == TOKENS, "Expected prefix_tokens of the model's config to be set."),
     ]
 
 
@@ -269,6 +304,24 @@ def preference(seen: dict[str, Any]) -> Claims:
          "Expected label smoothing to weigh both orders."),
         (close(seen["chosen"], chosen) and close(seen["rejected"], rejected),
          "Expected the implicit rewards, scaled by beta."),
+        *measure_claims(seen["logged"], margin, chosen, rejected),
+    ]
+
+
+def measure_claims(
+    logged: Mapping[str, float], margin: Tensor, chosen: Tensor, rejected: Tensor
+) -> Claims:
+    loss = 0.9 * F.softplus(-margin) + 0.1 * F.softplus(margin)
+    likely, unlikely = draw("policy", 6).chunk(2)
+    expected = {
+        "reward_accuracy": (margin > 0).float(), "chosen_reward": chosen,
+        "rejected_reward": rejected, "margin": margin, "gradient_weight": (-margin).sigmoid() - 0.1,
+        "chosen_log_prob": likely, "rejected_log_prob": unlikely,
+        "kl_estimate": draw("reference", 6) - draw("policy", 6)}
+    return [
+        (close(logged["loss"], loss.mean()), "Expected measure() to average the loss over pairs."),
+        (all(close(logged[name], value.mean()) for name, value in expected.items()),
+         "Expected the averages that Measures describes."),
     ]
 
 

@@ -9,7 +9,8 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from gradescope_utils.autograder_utils.json_test_runner import JSONTestRunner
 from checkpoints.files import write_json
 from tasks.scores import table
 from teaching.checks import make_suite
+from teaching.parts import CUTS, FRONT
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Limits, Sandbox
 from teaching.starter import handout_sources
@@ -26,7 +28,9 @@ from teaching.starter import handout_sources
 RESULTS = "results.json"
 LARGEST = 4 * 2**20  # bytes of a submission's sources
 MOST = 500  # files
-FOREIGN = ("teaching", "tests", "__pycache__", ".git", ".venv")  # folders that are not graded
+# Folders that are not graded; the last is what macOS adds to a zip.
+FOREIGN = ("teaching", "tests", "__pycache__", ".git", ".venv", "__MACOSX")
+HOMEWORK = frozenset({*FRONT, *(cut.file for cut in CUTS)})
 # A file that would hide one of these modules is no part of an answer.
 OWN = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
 
@@ -47,7 +51,7 @@ class Grade(NamedTuple):
 def read_submission(path: Path) -> dict[str, str]:
     """Return the Python files of a folder or a zip by their paths in it.
 
-    A folder that alone stands at the top is left out of the paths. Raises ValueError for what is
+    The folders above the homework's files are left out of the paths. Raises ValueError for what is
     no submission or too large, OSError for what cannot be read.
     """
     if path.is_dir():
@@ -61,12 +65,20 @@ def read_submission(path: Path) -> dict[str, str]:
         files[name] = data.decode("utf-8", "replace")
         if len(files) > MOST or sum(map(len, files.values())) > LARGEST:
             raise ValueError(f"{path}: more than {MOST} Python files or {LARGEST:,} bytes")
-    tops = {PurePosixPath(name).parts[0] for name in files}
-    if len(tops) == 1 and all("/" in name for name in files):
-        files = {name.partition("/")[2]: text for name, text in files.items()}
     if not files:
         raise ValueError(f"{path} holds no Python file")
-    return files
+    above = folder_above(files)
+    if above is None:
+        raise ValueError(f"{path} holds none of {', '.join(sorted(HOMEWORK))}")
+    return {name.removeprefix(above): text for name, text in files.items()
+            if name.startswith(above)}
+
+
+def folder_above(names: Iterable[str]) -> str | None:
+    """Return the path before most of the homework's files, "" or with a slash; None without any."""
+    found = Counter(name.removesuffix(file) for name in names for file in HOMEWORK
+                    if f"/{name}".endswith(f"/{file}"))
+    return min(found, key=lambda above: (-found[above], len(above)), default=None)
 
 
 def graded(name: str) -> bool:
@@ -113,17 +125,19 @@ class Workshop:
             self.compiled[file] = Path(py_compile.compile(str(path), invalidation_mode=mode))
 
     @property
-    def preload(self) -> list[str]:
-        """The modules of others that the handout imports."""
+    def preload(self) -> dict[str, list[str]]:
+        """The modules of others that the handout imports, and what it takes from them."""
         own = {PurePosixPath(file).parts[0].removesuffix(".py") for file in self.sources}
-        found: set[str] = set()
+        found: dict[str, set[str]] = {}
         for text in self.sources.values():
             for node in ast.parse(text).body:
                 if isinstance(node, ast.Import):
-                    found |= {alias.name for alias in node.names}
+                    found |= {alias.name: set() for alias in node.names if alias.name not in found}
                 elif isinstance(node, ast.ImportFrom) and node.module:
-                    found.add(node.module)
-        return sorted(name for name in found if name.partition(".")[0] not in own)
+                    taken = found.setdefault(node.module, set())
+                    taken |= {alias.name for alias in node.names}
+        return {name: sorted(taken) for name, taken in sorted(found.items())
+                if name.partition(".")[0] not in own}
 
     def lay_out(self, submission: Mapping[str, str], folder: Path) -> None:
         """Write handout and submission to `folder`, and take the right to write away."""

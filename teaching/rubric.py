@@ -48,7 +48,9 @@ RUBRIC = {  # 25 points without the second assignment's
     "bitfit": Row("6.1", "method", 2, True, "BitFit trains exactly the biases",
                   "train_biases in methods/bitfit.py"),
     "bottleneck": Row("6.2", "method", 3, True, "a bottleneck adds its network to its input",
-                      "Bottleneck in methods/bottleneck.py"),
+                      "Bottleneck and add_bottlenecks in methods/bottleneck.py"),
+    "prefix": Row("6.3", "method", 3, True, "a learned prefix stands before the text in each layer",
+                  "LearnedPrefix and add_prefix in methods/prefix_tuning.py"),
     "preference": Row("7.1", "dpo", 5, True, "the DPO loss and its rewards",
-                      "preference_loss in methods/dpo.py"),
+                      "preference_loss and measure in methods/dpo.py"),
 }

@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 class Sandbox:
     """A worker process, which has torch imported and forks a limited child per submission."""
 
-    def __init__(self, limits: Limits, preload: Sequence[str] = ()) -> None:
+    def __init__(self, limits: Limits, preload: Mapping[str, Sequence[str]]) -> None:
         self.limits = limits
         # Nothing of the environment but what Python needs: no key or token reaches a submission.
         kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
@@ -41,7 +41,7 @@ class Sandbox:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "teaching.worker"], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._write(list(preload))
+        self._write(preload)
 
     def __enter__(self) -> "Sandbox":
         return self

@@ -80,7 +80,10 @@ def instructions(assigned: str) -> str:
     lines += [f"| {each.part} | `{each.name}` | `{each.file}` | {each.todo} |"
               for each in cuts_of(assigned)]
     total = sum(row.points for row in rows)
-    lines += ["", f"The tests give {total:g} points; some are hidden and not listed here.", "",
+    files = ", ".join(f"`{file}`" for file in sorted({each.file for each in cuts_of(assigned)}))
+    hidden = "" if all(row.visible for row in rows) else "; some are hidden and not listed here"
+    lines += ["", f"Hand in {files} with their folders, as a zip.", "",
+              f"The tests give {total:g} points{hidden}.", "",
               "| part | test | points |",
               "|---|---|---|"]
     lines += [f"| {row.part} | {row.title} | {row.points:g} |" for row in rows if row.visible]

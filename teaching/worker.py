@@ -20,8 +20,16 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from teaching.isolation import OUTPUT_MIB, limit, protect, refuse
-from teaching.probes import PROBES, warm_up
+from teaching.isolation import (
+    OUTPUT_MIB,
+    adopt_orphans,
+    end_children,
+    limit,
+    protect,
+    refuse,
+)
+from teaching.layer_probes import warm_up
+from teaching.model_probes import PROBES
 
 OPEN_FILES = 1024
 LONGEST = 8 * 2**20  # bytes of a child's answers
@@ -40,10 +48,11 @@ def main() -> None:
     os.dup2(2, 1)
     sys.dont_write_bytecode = True
     sys.path.remove(os.getcwd())
-    for name in json.loads(sys.stdin.readline()):
+    for name, taken in json.loads(sys.stdin.readline()).items():
         with suppress(ImportError):
-            importlib.import_module(name)
+            __import__(name, fromlist=taken)  # some modules load what they hold when it is taken
     warm_up()
+    adopt_orphans()
     gc.freeze()  # a collection in a child would copy the pages that it shares with this process
     for line in sys.stdin:
         answers.write(json.dumps(observe(json.loads(line))) + "\n")
@@ -129,6 +138,7 @@ def reap(child: Child, reason: str, early: bool) -> str:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     os.close(child.pipe)
+    end_children()  # also those that left the group
     if reason or not early:
         return reason
     if os.WIFSIGNALED(status):
@@ -172,7 +182,7 @@ def be_child(request: dict[str, Any], names: Sequence[str], pipe: int, output: i
         while data:
             data = data[os.write(pipe, data):]
 
-    send("holds", protect(request["hidden"], scratch))
+    send("holds", protect(request["hidden"], root, scratch))
     limit(request["seconds"] * len(names), request["memory_mib"])
     os.chdir(scratch)
     os.environ |= {"HOME": scratch, "TMPDIR": scratch, "WANDB_MODE": "disabled"}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported; one test undoes it
@@ -13,12 +14,12 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch loads: tests share the
 import pytest
 import torch
 from made_families import CONFIGS, Family, make_family
-from made_models import TINY, shaken
+from made_models import NEGATIVE, POSITIVE, TINY, noisy, shaken
 from made_tokenizers import CONFIG, byte_level, make_llama
 
 from checkpoints.files import write_json
 from model import GPT, GPTConfig
-from train import TrainConfig
+from train import TrainConfig, train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,6 +118,26 @@ def config(checkpoint: str, reviews: str, tmp_path: Path) -> TrainConfig:
         batch_size=4, gradient_accumulation_steps=2, max_iters=8, eval_interval=3,
         wandb_mode="disabled",
     )
+
+
+@pytest.fixture(scope="session")
+def trained(reviews: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, `lora` and `bitfit`, after which labels are likely."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("trained")
+    base = noisy(GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=16)))
+    with torch.no_grad():
+        label, difference = torch.randn(2, 16)
+        base.transformer.wte.weight[[POSITIVE, NEGATIVE]] = torch.stack(
+            (2 * label + 0.3 * difference, 2 * label - 0.3 * difference))
+    base.save_pretrained(folder / "base")
+    config = TrainConfig(
+        init_from=str(folder / "base"), dataset=reviews, device="cpu", dtype="float32", lora_rank=2,
+        lora_alpha=8.0, batch_size=8, max_iters=4, eval_interval=2, learning_rate=0.02,
+        wandb_mode="disabled")
+    for method in ("bitfit", "lora"):
+        train(replace(config, method=method, out_dir=str(folder / method)))
+    return folder
 
 
 @pytest.fixture

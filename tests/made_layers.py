@@ -27,6 +27,18 @@ def adapted(in_features: int = 10, out_features: int = 12, **changes: Any) -> Lo
     return layer
 
 
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def values_and_gradients(function: Any, *inputs: Tensor | None) -> list[Tensor]:
+    """Return the output, and the gradient of a weighted sum of it for each input that needs one."""
+    y = function(*inputs)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return [y, *torch.autograd.grad((y * weights).sum(), wanted)]
+
+
 @torch.no_grad()
 def dense_delta(layer: LoRALinear) -> Tensor:
     """The definition: (alpha / r) B A, one group after the other, in float32."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,27 @@ def command(script: str, *arguments: str) -> list[str]:
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(script, *arguments), cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | environment)
+
+
+MAINS = {"train.py": (train.main, train.TrainConfig),
+         "generate.py": (generate.main, generate.GenerateConfig)}
+Call = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a script in this process, where starting one is not what is tested."""
+
+    def start(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code = 0
+        try:
+            run_script(*MAINS[script])
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -57,43 +79,51 @@ def test_training_tells_its_share_its_validations_and_both_test_scores(
         assert re.search(rf"^ *{name} .* {accuracy:.4f} ", printed, re.MULTILINE)
 
 
+def test_training_ends_with_what_to_do_next(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    resume = f"python generate.py init_from=resume out_dir={folder}"
+    assert printed.splitlines()[-3:] == [
+        f"score it again:  {resume}", f"ask it yourself: {resume} ask=True",
+        f"open the page:   python -m demo out_dir={folder}"]
+
+
 @pytest.mark.parametrize("checkpoint_name", ["best", "last"])
 def test_generate_reproduces_the_very_same_accuracy(
-    finished: tuple[Path, str], checkpoint_name: str
+    finished: tuple[Path, str], checkpoint_name: str, call: Call
 ) -> None:
     results = finished[0] / checkpoint_name / "results.json"
     trained = json.loads(results.read_text())
     results.unlink()
-    done = run("generate.py", "init_from=resume", f"out_dir={finished[0]}",
-               f"checkpoint={checkpoint_name}")
+    done = call("generate.py", "init_from=resume", f"out_dir={finished[0]}",
+                f"checkpoint={checkpoint_name}")
     assert done.returncode == 0, done.stderr
     assert json.loads(results.read_text()) == trained
     assert f"accuracy {trained['accuracy']:.4f}" in done.stdout
 
 
 def test_zero_shot_score_has_a_folder_of_its_own(
-    checkpoint: str, reviews: str, tmp_path: Path
+    checkpoint: str, reviews: str, tmp_path: Path, call: Call
 ) -> None:
-    done = run("generate.py", f"init_from={checkpoint}", f"dataset={reviews}", "split=validation",
-               f"out_dir={tmp_path}")
+    done = call("generate.py", f"init_from={checkpoint}", f"dataset={reviews}", "split=validation",
+                f"out_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.glob("zero_shot-*/results-validation*.json")
     assert json.loads(results.read_text())["n"] == 12
 
 
 def test_export_is_written_once_and_is_a_model_to_start_from(
-    finished: tuple[Path, str], tmp_path: Path
+    finished: tuple[Path, str], tmp_path: Path, call: Call
 ) -> None:
     export = [f"out_dir={finished[0]}", f"export={tmp_path / 'merged'}"]
-    assert f"written: {tmp_path / 'merged'}" in run("generate.py", *export).stdout
-    assert "is there already" in run("generate.py", *export).stderr
+    assert f"written: {tmp_path / 'merged'}" in call("generate.py", *export).stdout
+    assert "is there already" in call("generate.py", *export).stderr
     settings = json.loads((finished[0] / "config.json").read_text())["settings"]
-    scored = run("generate.py", f"init_from={tmp_path / 'merged'}", f"out_dir={tmp_path}",
-                 f"dataset={settings['dataset']}")
+    scored = call("generate.py", f"init_from={tmp_path / 'merged'}", f"out_dir={tmp_path}",
+                  f"dataset={settings['dataset']}")
     (results,) = tmp_path.glob("zero_shot-*/results*.json")
     expected = json.loads((finished[0] / "best" / "results.json").read_text())
     assert json.loads(results.read_text())["confusion"] == expected["confusion"], scored.stderr
-    refused = run("generate.py", *export, "text=fine")
+    refused = call("generate.py", *export, "text=fine")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "choose one of them" in refused.stderr
 
@@ -171,12 +201,14 @@ def test_script_ends_with_exit_code_2_and_no_traceback(script: str, tmp_path: Pa
     assert done.stderr == "error: command line: unknown setting 'no_such'\n"
 
 
-def test_damaged_checkpoint_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_refused(
+    finished: tuple[Path, str], tmp_path: Path, call: Call
+) -> None:
     (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     (tmp_path / "best").mkdir()
     for path in (finished[0] / "best").glob("adapter*"):
         (tmp_path / "best" / path.name).write_bytes(path.read_bytes()[:200])
-    done = run("generate.py", "init_from=resume", f"out_dir={tmp_path}")
+    done = call("generate.py", "init_from=resume", f"out_dir={tmp_path}")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*adapter_config.json is not JSON.*\n", done.stderr)
 
@@ -188,16 +220,16 @@ def test_folder_that_cannot_be_written_is_told(settings: list[str], tmp_path: Pa
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_out_dir_that_is_a_file_is_told(settings: list[str], tmp_path: Path) -> None:
+def test_out_dir_that_is_a_file_is_told(settings: list[str], tmp_path: Path, call: Call) -> None:
     (tmp_path / "run").write_text("not a folder")
-    done = run("train.py", *settings, f"out_dir={tmp_path / 'run'}")
+    done = call("train.py", *settings, f"out_dir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*run.*\n", done.stderr)
     assert (tmp_path / "run").read_text() == "not a folder"
 
 
 def test_interrupt_saves_and_the_resumed_run_ends_like_any_other(
-    settings: list[str], finished: tuple[Path, str], tmp_path: Path
+    settings: list[str], tmp_path: Path, call: Call
 ) -> None:
     out_dir = f"out_dir={tmp_path / 'run'}"
     process = subprocess.Popen(
@@ -212,7 +244,7 @@ def test_interrupt_saves_and_the_resumed_run_ends_like_any_other(
     assert stopped
     assert "Traceback" not in errors
     steps = int(stopped[1]) + 1
-    done = run("train.py", "init_from=resume", out_dir, f"max_iters={steps}")
+    done = call("train.py", "init_from=resume", out_dir, f"max_iters={steps}")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     trained = [row["iteration"] for row in map(json.loads, lines) if "train_loss" in row]
@@ -220,7 +252,7 @@ def test_interrupt_saves_and_the_resumed_run_ends_like_any_other(
 
 
 def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
-    settings: list[str], finished: tuple[Path, str], tmp_path: Path
+    settings: list[str], finished: tuple[Path, str], tmp_path: Path, call: Call
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -235,8 +267,8 @@ def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert re.match(r"error: cannot write .*trainer_state\.pt: .", line)
     assert "Traceback" not in full.stderr
     assert (folder / "trainer_state.pt").read_bytes() == state
-    whole = run("train.py", *settings, f"out_dir={tmp_path / 'whole'}", "max_iters=6")
-    again = run("train.py", *resume)
+    whole = call("train.py", *settings, f"out_dir={tmp_path / 'whole'}", "max_iters=6")
+    again = call("train.py", *resume)
     assert (whole.returncode, again.returncode) == (0, 0), again.stderr
     one, other = (path / "last" / "adapter_model.safetensors"
                   for path in (folder, tmp_path / "whole"))

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from bench.__main__ import BenchConfig
 from bench.gpu_check import CheckConfig
 from configurator import configure
+from demo.__main__ import DemoConfig
 from experiments.anatomy import AnatomyConfig, named
 from experiments.dataset_analysis import AnalysisConfig
 from experiments.plan import ExperimentsConfig
@@ -45,10 +46,11 @@ CONFIGS = {
     "-m experiments.anatomy": AnatomyConfig,
     "-m pretraining": PretrainConfig, "-m preferences": PreferencesConfig,
     "-m teaching": None,  # its first word chooses them
+    "-m demo": DemoConfig,
 }
 COMMAND = re.compile(r"(?:python|torchrun)(?: --\S+)* "
                      r"(train\.py|generate\.py|"
-                     r"-m (?:bench|experiments|pretraining|preferences|teaching)[\w.]*)"
+                     r"-m (?:bench|experiments|pretraining|preferences|teaching|demo)[\w.]*)"
                      r"((?: [^`\n|]*)?)")
 
 

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parent.parent
 SERVER = """
 import importlib, json, os, signal, sys, time
 sys.argv[0] = "script"
+import matplotlib.figure, torch
 import experiments.__main__, pretraining.__main__, train
 from configurator import run_script
+
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler, once for all
 
 CONFIGS = {"train": "TrainConfig", "pretraining.__main__": "PretrainConfig",
            "experiments.__main__": "ExperimentsConfig"}
@@ -148,8 +151,8 @@ def outcome(folder: Path) -> dict[str, object]:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     files = {name: (folder / name).read_bytes() for name in names
              if Path(name).parent.name in ("best", "last", "model")}
-    noise = {"reviews_per_second", "memory_mib", "seconds"}
-    lines = [{key: value for key, value in line.items() if key not in noise}
+    noise = "reviews_per_second", "memory_mib", "seconds"
+    lines = [{key: value for key, value in line.items() if not key.endswith(noise)}
              for path in folder.rglob("metrics.jsonl") for line in read_metrics(path.parent)]
     return {"files": files, "metrics": lines, "names": names}
 

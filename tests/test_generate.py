@@ -1,5 +1,6 @@
 """What a model says is scored as defined, from checkpoints that are what was saved."""
 
+import io
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -316,6 +317,40 @@ def test_one_text_is_labelled_and_nothing_is_written(
     run(f"init_from={tmp_path / 'model'}", "text=dull", "max_new_tokens=1", "prompt={text}")
     assert "continuation: ' positive'\n" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_typed_texts_are_answered_until_an_empty_line(
+    model: GPT, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    settings = [f"init_from={tmp_path / 'model'}", f"dataset={reviews}", "prompt=terse", "shots=2"]
+    expected = ""
+    for text in ("a fine film", "dull"):
+        run(*settings, f"text={text}")
+        expected += capsys.readouterr().out
+    for typed in ("a fine film\ndull\n \nnot read\n", "a fine film\ndull"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        run(*settings, "ask=True")
+        assert capsys.readouterr().out == expected
+    assert expected.count("label: ") == 2
+
+
+def test_terminal_is_asked_for_a_text(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO("\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    run(f"init_from={checkpoint}", "ask=True")
+    assert capsys.readouterr().out == "Type a text; an empty line ends: "
+
+
+@pytest.mark.parametrize("both", [["export=x", "text=y"], ["export=x", "ask=True"],
+                                  ["text=y", "ask=True"]])
+def test_a_model_is_either_exported_or_asked_in_one_way(both: list[str]) -> None:
+    with pytest.raises(ValueError, match="export writes a model, text and ask question it"):
+        run(*both)
 
 
 def test_cut_texts_are_counted(

@@ -11,7 +11,7 @@ from lora import count_parameters
 from methods.bitfit import train_biases
 from methods.bottleneck import Bottleneck
 from model import GPT
-from runtime.kernels import attend
+from runtime.attention import attend
 
 TEXT = (Path(__file__).parents[1] / "docs" / "homework.md").read_text()
 LAYERS, WIDTH, SIZE = 10, 512, 16

@@ -60,7 +60,8 @@ def test_narrow_and_deep_shapes_equal_transformers(shape: dict[str, Any], tmp_pa
 
 
 def test_cache_gives_each_row_its_next_slot() -> None:
-    cache = Cache(places=2, slots=5)
+    cache = Cache(tokens=10)
+    cache.shape(places=2, slots=5)
     ((part, last),) = cache.turns(ids(0, 1), [[4, 5, 6], [7]])
     equal(part, torch.tensor([[4, 5, 6], [7, 0, 0]]))
     equal(last, torch.tensor([[2], [0]]))
@@ -75,14 +76,15 @@ def test_cache_gives_each_row_its_next_slot() -> None:
 
 def test_cache_runs_prompts_in_parts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "PART_TOKENS", 8)
-    cache, prompts = Cache(places=4, slots=7), [row.tolist() for row in map(ids, (2, 3, 4, 7))]
+    cache, prompts = Cache(tokens=28), [row.tolist() for row in map(ids, (2, 3, 4, 7))]
     first, second = cache.turns(ids(0, 1), prompts)
     assert [part.shape for part, _ in (first, second)] == [(2, 3), (2, 7)]
     assert [at.tolist() for _, at in (first, second)] == [[[1], [2]], [[3], [6]]]
 
 
 def test_last_rows_of_the_cache_move_into_free_places() -> None:
-    cache, stored = Cache(places=5, slots=3), torch.arange(5.0).view(5, 1, 1, 1)
+    cache, stored = Cache(tokens=15), torch.arange(5.0).view(5, 1, 1, 1)
+    cache.shape(places=5, slots=3)
     for _ in cache.turns(ids(0, 1), [[1], [1], [1], [1, 1], [1]]):
         cache.append(0, stored.expand(-1, -1, 2, -1), -stored.expand(-1, -1, 2, -1))
     assert cache.keep([1, 3, 4]) == [4, 1, 3]

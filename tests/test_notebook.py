@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, offline, on the small model."""
+"""The notebook runs from its first cell to its last, offline, on a tiny model."""
 
 import os
 import re
@@ -14,15 +14,17 @@ SHORT = "device=cpu dtype=float32 max_iters=2 eval_interval=1 batch_size=8 train
 
 
 @pytest.fixture(scope="module")
-def notebook(reviews: str, tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-    """The executed notebook, run beside links to the code."""
+def notebook(
+    checkpoint: str, reviews: str, tmp_path_factory: pytest.TempPathFactory
+) -> nbformat.NotebookNode:
+    """The executed notebook, run on a tiny model beside links to the code."""
     folder = tmp_path_factory.mktemp("colab")
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *packages, ROOT / "assets",
                  ROOT / "config"]:
         (folder / path.name).symlink_to(path)
     notebook = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
-    values = {"BASE": "gpt2-mini", "DATASET": reviews, "EXTRA": SHORT,
+    values = {"BASE": checkpoint, "DATASET": reviews, "EXTRA": SHORT,
               "REVIEW": """it's "fun" & costs $5"""}
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in values.items():
@@ -57,7 +59,7 @@ def test_every_claim_has_its_number(notebook: nbformat.NotebookNode) -> None:
     before = outputs(notebook, "generate.py init_from={BASE}")
     assert re.search(r"accuracy 0\.\d{4} \(95 % interval", before)
     trained = outputs(notebook, "config/lora_r128.py")
-    assert "training 786,432 of 16,877,312 parameters (4.66%)" in trained
+    assert "training 24,576 of 839,376 parameters (2.93%)" in trained
     table = re.compile(r"^ +best +\d.*\n +last +2 +\d.*", re.MULTILINE)
     assert table.search(outputs(notebook, "quote(PROMPT)"))
     again = outputs(notebook, "train.py init_from=resume")

@@ -45,6 +45,25 @@ def test_one_by_eight_equals_four_by_two(config: TrainConfig, rank: int) -> None
         assert loss == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_gradient_checkpointing_changes_no_bit_and_keeps_less(config: TrainConfig) -> None:
+    """With dropout, which must draw the same again."""
+    states, kept = [], []
+    for checkpointing in (False, True):
+        changed = replace(config, dropout=0.1, gradient_checkpointing=checkpointing)
+        model = fresh_model(changed)
+        window = make_loader(changed, model.config).window(0, 8, 4)
+        weights, sizes = {p.data_ptr() for p in model.parameters()}, []
+        pack = lambda t, w=weights, s=sizes: s.append(t.numel() * (t.data_ptr() not in w)) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model.nats(window[0].inputs, window[0].targets)
+        kept.append(sum(sizes))
+        optimizer = configure_optimizer(model, changed)
+        train_step(model, window, optimizer, NO_SCALER, 1.0, torch.float32)
+        states.append(lora_state_dict(model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    assert kept[1] < kept[0] / 4
+
+
 @pytest.mark.parametrize("targets", ["c_attn", "mlp.c_fc"])
 def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
     config: TrainConfig, targets: str

@@ -100,6 +100,8 @@ def test_settings_are_the_issues_bars() -> None:
     mixed = limits["generate_mixed"]
     assert (len(mixed), min(mixed), max(mixed), sum(mixed) / 64) == (64, 16, 256, 135.53125)
     assert mixed != sorted(mixed)
+    in_order = answer_limits(BenchConfig(sort_answers=True))["generate_mixed"]
+    assert in_order == sorted(mixed, reverse=True)
 
 
 @pytest.mark.usefixtures("_gpt2_tokenizer")

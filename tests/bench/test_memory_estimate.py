@@ -29,7 +29,7 @@ from bench.rivals import Ours
 from configurator import configure
 from dataloader import Batch
 from model import GPT, GPTConfig
-from runtime.kernels import attend
+from runtime.attention import attend
 from train import TrainConfig, train_step
 
 SHAPE = GPTConfig(block_size=256, n_layer=5, n_head=4, n_embd=64)
@@ -56,8 +56,8 @@ def test_estimate_is_within_15_percent_of_a_real_step(
 ) -> None:
     GPT(SHAPE).save_pretrained(tmp_path)
     ours = Ours(str(tmp_path), replace(config, lora_rank=rank, dtype=dtype), CPU)
-    records = [{"text": "indeed " * (50 + i % 5), "label": i % 2} for i in range(40)]
-    batches = ours.loader.batches(records, 40)
+    records = [{"text": "indeed " * (170 + i % 5), "label": i % 2} for i in range(12)]
+    batches = ours.loader.batches(records, 12)
 
     def step() -> None:
         train_step(ours.model, batches, ours.optimizer, ours.scaler, 1.0, ours.dtype)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from made_families import Family, ids
-from made_models import read_lines
+from made_models import TINY, read_lines
 
 from experiments.anatomy import AnatomyConfig, main, named
 from experiments.subspaces import amplification, similarity, truncate, updates
 from lora import lora_layers
+from model import GPT
 from train import TrainConfig, train
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
@@ -33,6 +34,12 @@ def test_updates_are_the_parts_of_the_dense_update(family: Family) -> None:
     weights = [update.weight for update in updates(model)]
     assert sum(weight.numel() for weight in weights) == sum(
         layer.weight.numel() for layer in layers.values())
+
+
+def test_the_two_output_projections_of_gpt2_are_parts_of_their_own() -> None:
+    model = GPT(replace(TINY, lora_rank=2, lora_targets=("all",)))
+    assert [update.part for update in updates(model)][:6] == [
+        "q", "k", "v", "attn.c_proj", "c_fc", "mlp.c_proj"]
 
 
 def test_rank_above_the_width_of_a_part_has_all_its_directions(family: Family) -> None:

@@ -15,7 +15,7 @@ from made_runs import make_run, missing, zero_shot
 from checkpoints.files import read_json, write_json
 from checkpoints.trainer_state import STATE_FILE
 from experiments import finished_runs, jobs
-from experiments.jobs import Job, run_jobs, share_of_machine
+from experiments.jobs import Job, SharedJob, run_jobs, share_of_machine
 from runtime.run_folder import FINISHED_FILE
 from tasks.sources import data_digest
 from train import TrainConfig
@@ -422,3 +422,31 @@ def test_folder_whose_settings_cannot_be_read_is_kept(config: TrainConfig, tmp_p
     error = outcomes([each])["run"]
     assert "holds files that no run wrote (config.json, trainer_state.pt)" in error
     assert (each.folder / STATE_FILE).read_bytes() == b"damaged"
+
+
+def test_shared_job_is_started_once_and_followed_to_its_end(script: str) -> None:
+    shared = SharedJob(job(script, "shared", seconds=0.2))
+    one, other = shared.follow(), shared.follow()
+    next(one)
+    process = shared.process
+    next(other)
+    assert shared.process is process  # the second reader has joined
+    assert [list(one)[-1], list(other)[-1]] == [f"{shared.printed()}\nThe run is finished."] * 2
+    assert "seconds=0.2" in shared.printed()
+
+
+def test_shared_job_says_why_it_failed(script: str) -> None:
+    assert list(SharedJob(failing(script, "bad", "no such file")).follow())[-1].endswith(
+        "error: no such file")
+    held = job(script, "held")
+    held.folder.write_text("a file")
+    (error,) = SharedJob(held).follow()
+    assert error.startswith("error: ")
+    assert "held" in error
+
+
+def test_progress_bar_is_printed_in_its_last_state(tmp_path: Path) -> None:
+    shared = SharedJob(Job("bar", "train.py", {}, tmp_path))
+    lines = "".join(f"line {i}\n" for i in range(20))
+    shared.job.log.write_text(f"{jobs.ATTEMPT} train.py\n{lines}\r 10%\r 20% \nend\n")
+    assert shared.printed().splitlines() == [*(f"line {i}" for i in range(10, 20)), " 20%", "end"]

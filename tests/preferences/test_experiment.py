@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_models import read_lines
+from made_models import noisy, read_lines
 
 import train
 from checkpoints.files import read_json
@@ -25,7 +25,8 @@ def reward_model(checkpoint: str, reviews: str, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("reward") / "run"
     train.train(TrainConfig(
         init_from=checkpoint, dataset=reviews, out_dir=str(folder), device="cpu", dtype="float32",
-        lora_rank=4, learning_rate=1e-2, batch_size=8, max_iters=4, wandb_mode="disabled"))
+        lora_rank=4, lora_alpha=8, learning_rate=1e-2, batch_size=8, max_iters=4,
+        wandb_mode="disabled"))
     return str(folder)
 
 
@@ -152,10 +153,12 @@ def test_plan_trains_each_beta_and_the_supervised_baseline() -> None:
 
 def test_reward_is_the_probability_of_the_last_label(reward_model: str) -> None:
     judge = RewardModel(reward_model, "cpu", "float32", 8)
+    noisy(judge.sampler.model)  # four steps taught it no difference
     texts = ["film 1 is witty", "film 2 is dull", "film 1 is witty\nVerdict: bad"]
     rewards = judge(texts)
     assert all(0 < reward < 1 for reward in rewards)
-    assert rewards[2] == rewards[0] != rewards[1]
+    assert rewards[2] == rewards[0]
+    assert abs(rewards[0] - rewards[1]) > 1e-4  # far above rounding
     with pytest.raises(ValueError, match="1 texts do not fit into the 256 tokens of the reward"):
         judge(["film and so on" * 200])
     prediction = judge.sampler.predict([{"text": texts[0]}])[0]

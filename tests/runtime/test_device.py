@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from made_models import read_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import device as device_module
 from runtime import processes
-from runtime.device import resolve_device, resolve_dtype
+from runtime.device import PhaseMemory, resolve_device, resolve_dtype, shapes_only
 from runtime.metrics import read_metrics
 from train import Run, TrainConfig, train
 
@@ -92,6 +93,7 @@ def scored_alone_and_by_two(config: TrainConfig) -> list[dict[str, Any]]:
     return [expected, json.loads(results.read_text())]
 
 
+@pytest.mark.faults  # of words; the next test shares texts, and the first one the words of a run
 def test_two_processes_share_the_scoring_of_a_finished_run(config: TrainConfig) -> None:
     expected, found = scored_alone_and_by_two(replace(config, max_iters=2))
     assert found["n"] == expected["n"]
@@ -255,6 +257,19 @@ def test_full_gpu_memory_is_reported_with_the_settings_to_change() -> None:
         fill()
 
 
+def test_memory_is_told_for_each_phase() -> None:
+    memory = PhaseMemory(torch.device("cpu"))
+    before = memory.end("loading")["loading_memory_mib"]
+    torch.ones(2**25)  # 128 MiB, and forgotten
+    memory.end("training")
+    peaks = memory.end("test")
+    assert peaks.keys() == {
+        "loading_memory_mib", "training_memory_mib", "test_memory_mib", "memory_mib"}
+    assert peaks["memory_mib"] == peaks["training_memory_mib"] > before + 100
+    if sys.platform == "linux":
+        assert peaks["test_memory_mib"] < peaks["training_memory_mib"] - 100
+
+
 def test_second_signal_stops_at_once() -> None:
     # A shell's background job starts with this signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -276,3 +291,31 @@ def test_terminal_that_closes_stops_a_run_unless_nohup_started_it(ignored: bool)
         signal.raise_signal(signal.SIGHUP)
         assert received == ([] if ignored else [signal.SIGHUP])
     signal.signal(signal.SIGHUP, before)
+
+
+def test_modules_of_shapes_only_hold_no_values_and_draw_none() -> None:
+    """A draw on "meta" would import torch's compiler, which takes longer than loading a model."""
+    before = torch.get_rng_state()
+    with Operations() as seen, shapes_only():
+        layer = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 5).double())
+        torch.nn.init.normal_(layer[1].weight, std=0.02)
+        torch.nn.init.kaiming_uniform_(tensor=layer[1].weight)
+    assert [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in layer.parameters()] == [
+        ((3, 4), torch.float32, "meta"), ((5, 4), torch.float64, "meta"),
+        ((5,), torch.float64, "meta")]
+    assert seen.names
+    assert not [name for name in seen.names if "normal" in name or "uniform" in name]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+class Operations(TorchDispatchMode):
+    """Keep the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

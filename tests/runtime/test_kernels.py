@@ -1,29 +1,16 @@
 """The fast kernels equal the plain computation in values and gradients."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from made_layers import randn, values_and_gradients
 
 from runtime import kernels
-from runtime.kernels import attend, linear
+from runtime.kernels import linear
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, requires_grad=True)
-
-
-def values_and_gradients(function: Any, *inputs: Tensor | None) -> list[Tensor]:
-    """Return the output, and the gradient of a weighted sum of it for each input that needs one."""
-    y = function(*inputs)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
-    return [y, *torch.autograd.grad((y * weights).sum(), wanted)]
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "onednn"])
@@ -55,6 +42,32 @@ def test_few_rows_of_inference_equal_torchs(
         close(found, F.linear(x, weight, bias))
         close(linear(x.transpose(0, -2), weight), F.linear(x.transpose(0, -2), weight))
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("chunk", [1, 26, 2**24])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_cross_entropies_equal_torchs_without_all_logits_at_once(
+    onednn: bool, chunk: int, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "CHUNK", chunk)  # of logits: of 1, 2, or all 5 rows
+    x, head, targets = 5 * randn(5, 7), torch.randn(13, 7), torch.tensor([0, 12, 3, 3, 7])
+    x, head = x.detach().requires_grad_(), head.requires_grad_(trained)
+    rows = []
+    real = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    found = values_and_gradients(partial(kernels.cross_entropies, targets=targets), x, head)
+    assert {size for size in rows if size != 13} == {1: {1}, 26: {2, 1}, 2**24: {5}}[chunk]
+    expected = values_and_gradients(
+        lambda x, head: F.cross_entropy(x @ head.T, targets, reduction="none"), x, head)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_cross_entropies_of_a_frozen_head_keep_no_logits() -> None:
+    x, head, targets = randn(5, 7), torch.randn(13, 7), torch.tensor([0, 12, 3, 3, 7])
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        kernels.cross_entropies(x, head, targets)
+    assert sorted(kept) == [(5,), (5, 7), (13, 7)]
 
 
 def test_linear_takes_parts_of_matrices(onednn: bool) -> None:
@@ -90,44 +103,3 @@ def test_torch_computes_autocast_and_other_precisions(onednn: bool) -> None:
 
 def test_choice_of_kernel_depends_only_on_the_machine() -> None:
     assert kernels.onednn_is_faster() == kernels.onednn_is_faster.__wrapped__()
-
-
-def joint_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
-) -> Tensor:
-    """Compute attention by its formula, over copies of the prefix and own keys."""
-    k, v = (torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
-            for shared, own in ((prefix_k, k), (prefix_v, v)))
-    scores = q @ k.transpose(2, 3) / q.size(-1) ** 0.5
-    seen = F.pad(mask, (prefix_k.size(2), 0), value=True)
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
-
-
-CAUSAL = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-PADDED = torch.arange(6) <= torch.tensor([2, 5, 3])[:, None, None, None]  # (3, 1, 1, 6)
-
-
-@pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])  # 5 tokens < 2 · 4
-@pytest.mark.parametrize(("mask", "given"), [(CAUSAL, None), (CAUSAL, CAUSAL), (PADDED, PADDED)],
-                         ids=["causal by default", "causal", "padded"])
-def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
-    width: int, mask: Tensor, given: Tensor | None
-) -> None:
-    tokens, keys = mask.shape[2:]
-    q, k, v = randn(3, 2, tokens, width), randn(3, 2, keys, width), randn(3, 2, keys, width)
-    prefix = randn(1, 2, 7, width), randn(1, 2, 7, width)
-    found = values_and_gradients(
-        lambda q, k, v, pk, pv: attend(q, k, v, (pk, pv), given), q, k, v, *prefix)
-    expected = values_and_gradients(
-        lambda *inputs: joint_attention(*inputs, mask), q, k, v, *prefix)
-    close(found, expected)
-
-
-@pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])
-def test_attention_dropout_keeps_the_mean(width: int) -> None:
-    q, k, v = (torch.randn(400, 2, 3, width) for _ in range(3))
-    q[:], k[:], v[:] = q[:1].clone(), k[:1].clone(), v[:1].clone()
-    prefix = torch.randn(1, 2, 7, width), torch.randn(1, 2, 7, width)
-    dropped, whole = (attend(q, k, v, prefix, None, dropout) for dropout in (0.3, 0.0))
-    assert not torch.equal(dropped[0], dropped[1])
-    torch.testing.assert_close(dropped.mean(dim=0), whole[0], rtol=0, atol=0.25)

@@ -56,7 +56,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         drawn.append(Figure(**settings))
         return drawn[-1]
 
-    monkeypatch.setattr(metrics, "Figure", keep)
+    monkeypatch.setattr("matplotlib.figure.Figure", keep)
     return drawn
 
 

@@ -282,3 +282,12 @@ def test_folder_that_cannot_be_locked_gives_a_warning(
     run_folder.lock_folder(tmp_path)
     assert capsys.readouterr().err == (
         f"{tmp_path} cannot be locked here: let no other run write to it\n")
+
+
+def test_next_steps_name_the_folder_unless_the_page_finds_it() -> None:
+    assert run_folder.next_steps("out/my run") == [
+        "score it again:  python generate.py init_from=resume 'out_dir=out/my run'",
+        "ask it yourself: python generate.py init_from=resume 'out_dir=out/my run' ask=True",
+        "open the page:   python -m demo"]
+    assert run_folder.next_steps("elsewhere/out")[2] == (
+        "open the page:   python -m demo out_dir=elsewhere/out")

@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
 
 
 LORA, MODEL, BUILD = "lora.py", "model.py", "methods/build.py"
+PREFIX = "methods/prefix_tuning.py"
 BASE = "h = self.product(x, self.weight, self.bias)"
 DOWN = "self.product(self.lora_dropout(x), lora_A) * self.lora_scaling"
 SCALING = "self.lora_scaling = lora_alpha / (lora_rank**0.5 if lora_rank_stabilized else lora_rank)"
@@ -190,8 +191,32 @@ MUTANTS = (
            (('return name.rpartition(".")[2] == "bias"', 'return "bias" in name'),)),
     Mutant("bottleneck without its skip connection", "bottleneck", "methods/bottleneck.py",
            (("return x + self.up(", "return self.up("),)),
+    Mutant("bottleneck behind the attention only", "bottleneck", "methods/bottleneck.py",
+           (('SLOTS = ("resid_dropout", "mlp.dropout")', 'SLOTS = ("resid_dropout",)'),)),
+    Mutant("base trained with the bottlenecks", "bottleneck", "methods/bottleneck.py",
+           (("    model.requires_grad_(False)\n", ""),)),
+    Mutant("keys and values swapped", "prefix", PREFIX,
+           (("zip(parts[::2], parts[1::2]", "zip(parts[1::2], parts[::2]"),)),
+    Mutant("reshaped where axes should be swapped", "prefix", PREFIX,
+           (("self.flat().unflatten(1, self.shape).permute(1, 2, 0, 3)[:, None]",
+             "self.flat().view(*self.shape[:2], -1, self.shape[2])[:, None]"),)),
+    Mutant("network of the prefix left out", "prefix", PREFIX, (
+        ("parts = self.flat().", "parts = (self.flat() if isinstance(self.network, nn.Identity)\n"
+         "                 else torch.zeros_like(self.flat()))."),)),
+    Mutant("base trained with the prefix", "prefix", PREFIX,
+           (("    model.requires_grad_(False)\n", ""),)),
+    Mutant("prefix starts at random", "prefix", PREFIX,
+           (("computed = model.prefill(words.to(model.device))",
+             "computed = [(torch.randn_like(k), torch.randn_like(v))\n"
+             "                for k, v in model.prefill(words.to(model.device))]"),)),
+    Mutant("positions of the prefix not counted", "prefix", PREFIX,
+           (("    model.config = replace(config, prefix_tokens=tokens)\n", ""),)),
     Mutant("DPO pulls towards the rejected answer", "preference", "methods/dpo.py",
            (("margin = chosen - rejected\n", "margin = rejected - chosen\n"),)),
     Mutant("DPO without its reference", "preference", "methods/dpo.py",
            (("(beta * (log_probs - reference)).chunk(2)", "(beta * log_probs).chunk(2)"),)),
+    Mutant("DPO's loss summed over the pairs", "preference", "methods/dpo.py",
+           (("        losses.mean(), (margin", "        losses.sum(), (margin"),)),
+    Mutant("DPO's margin logged as a share", "preference", "methods/dpo.py",
+           (("rejected.mean(), margin.mean(),", "rejected.mean(), margin.sigmoid().mean(),"),)),
 )

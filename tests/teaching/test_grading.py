@@ -17,8 +17,8 @@ from configurator import ROOT
 from teaching.checks import CHECKS
 from teaching.cutting import without_function
 from teaching.grading import Grade, Workshop, grade, open_workshop, read_submission, show
+from teaching.model_probes import PROBES
 from teaching.parts import CUTS, FIRST, SECOND, read_solution
-from teaching.probes import PROBES
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Limits, Sandbox
 from teaching.starter import needed_files
@@ -225,8 +225,11 @@ def test_folder_and_zip_are_read_alike_with_or_without_a_folder_on_top(tmp_path:
     (tmp_path / "work" / "notes.txt").write_text("no code")
     assert read_submission(tmp_path / "work") == files
     assert read_submission(packed(tmp_path / "flat.zip", files)) == files
-    nested = {f"homework/{name}": text for name, text in files.items()}
-    assert read_submission(packed(tmp_path / "nested.zip", nested)) == files
+    nested = {f"my homework/2/{name}": text for name, text in files.items()}
+    extra = {"__MACOSX/my homework/2/._lora.py": "\0", "my homework/notes.py": ""}
+    assert read_submission(packed(tmp_path / "nested.zip", nested | extra)) == files
+    alone = {"methods/build.py": "b = 2\n"}
+    assert read_submission(packed(tmp_path / "alone.zip", alone)) == alone
 
 
 def test_nothing_of_a_submission_lands_outside_or_replaces_the_grader(
@@ -245,6 +248,7 @@ def test_nothing_of_a_submission_lands_outside_or_replaces_the_grader(
     (lambda path: path, "must be a folder or a zip"),
     (lambda path: path.mkdir(), "holds no Python file"),
     (lambda path: path.write_bytes(b"PK\3\4 no zip"), "must be a folder or a zip"),
+    (lambda path: packed(path, {"work/a.py": ""}), "holds none of configurator.py, dataloader.py"),
     (lambda path: packed(path, {"a.py": "x" * 5_000_000}), "more than 500 Python files or"),
     (lambda path: packed(path, {f"a{i}.py": "" for i in range(501)}), "more than 500 Python files"),
 ])

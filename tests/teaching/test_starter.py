@@ -115,6 +115,8 @@ def test_a_part_is_assigned_or_given(tmp_path: Path) -> None:
     readme = (tmp_path / "a" / "README.md").read_text("utf-8")
     assert "| predict_labels |" in readme
     assert "build_model" not in readme
+    assert "Hand in `generate.py`, `lora.py`, `tasks/base.py` with their folders" in readme
+    assert "points; some are hidden" in readme
 
 
 @pytest.mark.parametrize(("words", "message"), [

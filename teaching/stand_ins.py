@@ -1,6 +1,7 @@
-"""A model that answers as a script says, and a tokenizer of words: they stand in for real ones.
+"""Models without a computation, and a tokenizer of words: they stand in for real ones.
 
-So the probes see how a submission asks and reads answers, whatever its model computes.
+`Script` answers as a script says, so that the probes see how a submission asks and reads answers;
+`StandIn` has the places into which other methods put their modules.
 """
 
 import re
@@ -66,3 +67,29 @@ class Script(nn.Module):
         width = max(map(len, answers))
         new = torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])
         return torch.cat([idx, new], dim=1)
+
+
+class Block(nn.Module):
+    """A block's sub-layers by their names in GPT-2, each ending in the module of a slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = (nn.ModuleDict({name: nn.Identity(), "c_proj": nn.Linear(1, 1)})
+                               for name in ("resid_dropout", "dropout"))
+
+
+class StandIn(nn.Module):
+    """What other methods need of a decoder; its keys and values are rows of a table of tokens."""
+
+    def __init__(self, config: Any, table: Tensor, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.config, self.shape, self.learned_prefix, self.asked = config, shape, list, []
+        self.device = torch.device("cpu")
+        self.h = nn.ModuleList(Block() for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.table = nn.Parameter(table)
+
+    def prefill(self, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
+        self.asked.append(idx.tolist())
+        parts = self.table[idx[0]].unflatten(1, self.shape).permute(1, 2, 0, 3)[:, None]
+        return list(zip(parts[::2], parts[1::2], strict=True))  # each (1, heads, tokens, features)

@@ -1,0 +1,93 @@
+"""Attention over a shared prefix equals its formula in values and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from made_layers import randn, values_and_gradients
+from torch import Tensor
+
+from runtime import attention
+from runtime.attention import attend
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
+) -> Tensor:
+    """Compute attention by its formula, over copies of the prefix and own keys."""
+    k, v = (torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
+            for shared, own in ((prefix_k, k), (prefix_v, v)))
+    scores = q @ k.transpose(2, 3) / q.size(-1) ** 0.5
+    seen = F.pad(mask, (prefix_k.size(2), 0), value=True)
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
+
+
+CAUSAL = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+PADDED = torch.arange(6) <= torch.tensor([2, 5, 3])[:, None, None, None]  # (3, 1, 1, 6)
+
+
+@pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])  # 5 tokens < 2 · 4
+@pytest.mark.parametrize(("mask", "given"), [(CAUSAL, None), (CAUSAL, CAUSAL), (PADDED, PADDED)],
+                         ids=["causal by default", "causal", "padded"])
+def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
+    width: int, mask: Tensor, given: Tensor | None
+) -> None:
+    tokens, keys = mask.shape[2:]
+    q, k, v = randn(3, 2, tokens, width), randn(3, 2, keys, width), randn(3, 2, keys, width)
+    prefix = randn(1, 2, 7, width), randn(1, 2, 7, width)
+    found = values_and_gradients(
+        lambda q, k, v, pk, pv: attend(q, k, v, (pk, pv), given), q, k, v, *prefix)
+    expected = values_and_gradients(
+        lambda *inputs: joint_attention(*inputs, mask), q, k, v, *prefix)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])
+def test_attention_dropout_keeps_the_mean(width: int) -> None:
+    q, k, v = (torch.randn(400, 2, 3, width) for _ in range(3))
+    q[:], k[:], v[:] = q[:1].clone(), k[:1].clone(), v[:1].clone()
+    prefix = torch.randn(1, 2, 7, width), torch.randn(1, 2, 7, width)
+    dropped, whole = (attend(q, k, v, prefix, None, dropout) for dropout in (0.3, 0.0))
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(dropped.mean(dim=0), whole[0], rtol=0, atol=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "prefix"), [(2, 7), (4, 7), (4, 0)])
+@pytest.mark.parametrize("block", [3, 5, 8])
+def test_attention_in_blocks_equals_its_formula(
+    dtype: torch.dtype, heads: int, prefix: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 8 tokens of 4 features; in 16 bits `attend` takes this way by itself."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "_trains_in_16_bits", lambda q: True)
+    q, k, v = randn(3, heads, 8, 4), randn(3, 2, 8, 4), randn(3, 2, 8, 4)
+    before = (randn(1, 2, prefix, 4), randn(1, 2, prefix, 4)) if prefix else ()
+    given = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, *before)]
+    found = values_and_gradients(
+        lambda q, k, v, *before: attend(q, k, v, before or None, None), *given)
+    mask, shared = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), heads // 2
+
+    def formula(q: Tensor, *others: Tensor) -> Tensor:
+        k, v, *before = (x.repeat_interleave(shared, dim=1) for x in others)
+        return joint_attention(q, k, v, *before or (k[:1, :, :0], v[:1, :, :0]), mask)
+
+    exact = [x.detach().float().requires_grad_() for x in given]
+    expected = [x.to(dtype) for x in values_and_gradients(formula, *exact)]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_long_rows_train_in_blocks_in_16_bits_only() -> None:
+    def blocks(dtype: torch.dtype, tokens: int, dropout: float = 0.0) -> bool:
+        x = torch.randn(2, 2, tokens, 4, dtype=dtype, requires_grad=True)
+        return "BlockAttention" in type(attend(x, x, x, None, None, dropout).grad_fn.next_functions[
+            0][0]).__name__
+
+    assert blocks(torch.bfloat16, 5)
+    assert not blocks(torch.bfloat16, 4)
+    assert not blocks(torch.float32, 5)
+    assert not blocks(torch.bfloat16, 5, dropout=0.1)
