@@ -16,15 +16,19 @@ def markdown(report: dict[str, Any]) -> str:
     for verb, peaks in report.get("peaks", {}).items():
         lines += [f"{verb}, {dtype}: peak of `F.linear` {peak['plain'] / 1e9:.0f} GFLOP/s, "
                   f"the best {peak['best'] / 1e9:.0f}.  " for dtype, peak in peaks.items()]
-    if contenders := report.get("contenders"):
-        names = list(contenders)
-        keys = list(contenders[names[0]])
-        lines += markdown_table([["", *names], *([key.replace("_", " ")] + [
-            f"{contenders[name][key]:,.4g}" for name in names] for key in keys)])
+    for rows in (report[part] for part in ("contenders", "generation") if part in report):
+        lines += markdown_table([["", *rows], *(
+            [key.replace("_", " "), *(f"{row[key]:,.4g}" for row in rows.values())]
+            for key in next(iter(rows.values())))])
+    if ratios := report.get("ratios"):
         titles = ["ours against", "times faster", "in the rounds", "of its memory"]
         lines += markdown_table([titles, *(
             [key, f"{ratio:.2f}", "{:.2f} to {:.2f}".format(*report["spreads"][key]),
-             f"{report['memory_ratios'][key]:.2f}"] for key, ratio in report["ratios"].items())])
+             f"{report['memory_ratios'][key]:.2f}"] for key, ratio in ratios.items())])
+    if memory := report.get("memory"):
+        keys = list(next(iter(memory.values())))
+        lines += markdown_table([["GB in a step", *keys], *(
+            [name, *(f"{row[key]:.2f}" for key in keys)] for name, row in memory.items())])
     for axis, points in alone(report).items():
         keys = list(next(iter(points.values())))
         lines += markdown_table([[axis.replace("_", " "), *keys], *(
@@ -40,17 +44,29 @@ def alone(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     return found | report.get("growth", {})
 
 
+def bars(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return each contender's speed by (what was measured, its unit), and estimated memory."""
+    parts = {"contenders": "reviews_per_second", "generation": "tokens_per_second"}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for part, suffix in parts.items():
+        for name, row in report.get(part, {}).items():
+            for key in (key for key in row if key.endswith(suffix)):
+                what, unit = key.removesuffix(f"_{suffix}"), suffix.replace("_per_", " a ")
+                found.setdefault((what.replace("_", " "), unit), {})[name] = row[key]
+    if memory := report.get("memory"):
+        found["memory of a step", "GB"] = {name: row["total"] for name, row in memory.items()}
+    return found
+
+
 def plot(report: dict[str, Any]) -> Figure:
-    """Plot the reviews per second of each contender, and our cost along each axis."""
-    contenders, growing = report.get("contenders", {}), alone(report)
-    verbs = list(report.get("peaks", {}))
-    number = len(verbs) + len(growing)
+    """Plot the speed of each contender, and our cost along each axis."""
+    compared, growing = bars(report), alone(report)
+    number = len(compared) + len(growing)
     figure = Figure(figsize=(8, 2.8 * number), layout="constrained")
     panels = iter(figure.subplots(number, squeeze=False)[:, 0])
-    for verb, panel in zip(verbs, panels):  # noqa: B905  growth takes the rest
-        speeds = [row[f"{verb}_reviews_per_second"] for row in contenders.values()]
-        panel.bar_label(panel.barh(list(contenders), speeds), fmt="{:.1f}", padding=3)
-        panel.set(title=verb, xlabel="reviews a second", xlim=(0, 1.15 * max(speeds)))
+    for ((what, unit), rows), panel in zip(compared.items(), panels):  # noqa: B905  growth's follow
+        panel.bar_label(panel.barh(list(rows), list(rows.values())), fmt="{:.1f}", padding=3)
+        panel.set(title=what, xlabel=unit, xlim=(0, 1.15 * max(rows.values())))
     for (axis, points), panel in zip(growing.items(), panels, strict=True):
         styles = ("o", "s") if axis == "method" else ("o-", "s--")
         for verb, style in zip(("train", "score"), styles, strict=True):

@@ -46,12 +46,13 @@ class Ours:
         self.loader = folder_loader(folder, config)
         self.batch_size, self.eval_batch_size = config.batch_size, config.eval_batch_size
         self.optimizer = configure_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**12, enabled=self.dtype == torch.float16)  # as in train.py
 
-    def train(self, records: Sequence[Record]) -> None:
-        """Take one optimizer step on `records`."""
-        train_step(self.model.train(), self.loader.batches(records, self.batch_size),
-                   self.optimizer, self.scaler, 1.0, self.dtype)
+    def train(self, records: Sequence[Record]) -> float:
+        """Take one optimizer step on `records`; return its loss in nats a supervised token."""
+        return train_step(self.model.train(), self.loader.batches(records, self.batch_size),
+                          self.optimizer, self.scaler, 1.0, self.dtype)["loss"]
 
     def score(self, records: Sequence[Record]) -> list[str]:
         """Return the generated answer to each record."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from bench.generators import Generator, TransformersGenerator
 from bench.rivals import HandoutStyle, Ours, PeftStyle, Shown
 from checkpoints.layouts import END_OF_TEXT
 from methods.build import save_model
@@ -27,10 +28,11 @@ from train import TrainConfig
 # The embedded model has 256 positions; here it gets 1,024, for long reviews.
 SHAPES = {"gpt2-mini": GPTConfig(n_layer=4, n_head=4, n_embd=256), **SIZES}
 Way = Literal["ours", "full", "bitfit", "bottleneck", "prefix", "shots4", "shots16", "handout",
-              "peft"]
+              "peft", "generator", "transformers"]
 WAYS = {"ours": Ours, "full": Ours, "bitfit": Ours, "bottleneck": Ours, "prefix": Ours,
         "shots4": partial(Shown, 4), "shots16": partial(Shown, 16),
-        "handout": HandoutStyle, "peft": PeftStyle}
+        "handout": HandoutStyle, "peft": PeftStyle,
+        "generator": Generator, "transformers": TransformersGenerator}
 
 
 class Contender(NamedTuple):
@@ -38,8 +40,8 @@ class Contender(NamedTuple):
 
     way: Way
     dtype: str
-    train: int
-    score: int
+    train: int = 0
+    score: int = 0
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bench.__main__ import BenchConfig
+from bench.gpu_check import CheckConfig
 from configurator import configure
 from demo.__main__ import DemoConfig
 from experiments.anatomy import AnatomyConfig, named
@@ -40,6 +41,7 @@ NOTEBOOK = nbformat.read(ROOT / "run_in_colab.ipynb", as_version=4)
 # The settings of each command, by what stands between `python` and the arguments.
 CONFIGS = {
     "train.py": TrainConfig, "generate.py": GenerateConfig, "-m bench": BenchConfig,
+    "-m bench.gpu_check": CheckConfig,
     "-m experiments": ExperimentsConfig, "-m experiments.dataset_analysis": AnalysisConfig,
     "-m experiments.anatomy": AnatomyConfig,
     "-m pretraining": PretrainConfig, "-m preferences": PreferencesConfig,

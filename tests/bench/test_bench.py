@@ -4,30 +4,21 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from made_workers import InProcess
 from matplotlib.image import imread
 
-from bench.__main__ import BenchConfig, grow, growth, main
+from bench.__main__ import main
+from bench.costs import grow, growth
 from bench.report import check_folder, markdown, plot
-from bench.worker import (
-    WAYS,
-    Contender,
-    Measure,
-    checkpoint_bytes,
-    random_checkpoint,
-    sized_reviews,
-)
+from bench.settings import BenchConfig
+from bench.worker import random_checkpoint, sized_reviews
 from configurator import configure
 from model import GPT, GPTConfig
 from models.tokenizer import get_tokenizer
-from runtime.device import peak_memory
-from train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 RATIOS = {f"{verb}.{rival}.{dtype}" for verb in ("train", "score")
@@ -59,9 +50,8 @@ def test_rank_that_no_model_has_is_refused() -> None:
 def test_benchmark_runs_every_contender_and_writes_its_report(
     config: BenchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.__main__.WINDOW", 16)
-    monkeypatch.setattr("bench.__main__.Worker", InProcess)
-    main(config)
+    monkeypatch.setattr("bench.turns.Worker", InProcess)
+    main(replace(config, window=16))
     report = json.loads(Path(config.out_dir, "bench.json").read_text())
     assert report["ratios"].keys() == RATIOS
     assert report["memory_ratios"].keys() == RATIOS
@@ -93,30 +83,11 @@ def test_benchmark_runs_every_contender_and_writes_its_report(
         assert widths == [row[f"{panel.get_title()}_reviews_per_second"] for row in rows.values()]
 
 
-class InProcess:
-    """A contender in this process, with the interface of `Worker`."""
-
-    def __init__(self, contender: Contender, folder: str, config: TrainConfig) -> None:
-        self.started = time.perf_counter()
-        self.contender = WAYS[contender.way](folder, config, torch.device("cpu"))
-
-    def ask(self, verb: str, argument: Any) -> Measure:
-        begun = time.perf_counter()
-        result = (checkpoint_bytes(self.contender) if verb == "checkpoint_bytes" else
-                  getattr(self.contender, verb)(argument))
-        ended = time.perf_counter()
-        memory = peak_memory(torch.device("cpu"))
-        return Measure(result, ended - begun, memory, ended - self.started)
-
-    def stop(self) -> None:
-        pass
-
-
 @pytest.mark.usefixtures("_gpt2_tokenizer")
 def test_checkpoint_of_another_family_is_compared(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.__main__.Worker", InProcess)
+    monkeypatch.setattr("bench.turns.Worker", InProcess)
     main(replace(config, model=llama, dtype="float32"))
     report = json.loads(Path(config.out_dir, "bench.json").read_text())
     assert report["ratios"].keys() == {key for key in RATIOS if key.endswith("float32")}
@@ -129,9 +100,8 @@ def test_checkpoint_of_another_family_is_compared(
 
 def measure_alone(config: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
     """Return what a part that needs no rivals measures, in this process."""
-    monkeypatch.setattr("bench.__main__.Worker", InProcess)
-    monkeypatch.setattr("bench.__main__.WINDOW", 8)
-    main(replace(config, dtype="float32"))
+    monkeypatch.setattr("bench.turns.Worker", InProcess)
+    main(replace(config, dtype="float32", window=8))
     return json.loads(Path(config.out_dir, "bench.json").read_text())[config.what]
 
 
@@ -161,7 +131,7 @@ def test_examples_in_the_prompt_are_measured_beside_none(
 def test_growth_of_a_checkpoint_has_no_other_sizes_and_no_longer_reviews(
     config: BenchConfig, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.__main__.grow", lambda *_: {"train_ms": 3.0})
+    monkeypatch.setattr("bench.costs.grow", lambda *_: {"train_ms": 3.0})
     found = growth(replace(config, model=llama))
     assert list(found) == ["batch_size", "review_tokens", "lora_rank"]
     assert list(found["review_tokens"]) == ["10", "30", "100"]  # of 256 positions
@@ -178,15 +148,15 @@ def test_model_that_is_nowhere_is_one_line_and_exit_code_2(config: BenchConfig) 
 
 @pytest.mark.parametrize("what", ["", "speed", "train,speed"])
 def test_unknown_parts_are_refused(what: str) -> None:
-    with pytest.raises(ValueError, match="must list one or more of train, score, methods, shots"):
+    with pytest.raises(ValueError, match="must list one or more of train, score, generate,"):
         main(BenchConfig(what=what))
 
 
-@pytest.mark.parametrize("what", ["train", "score", "growth,score"])
+@pytest.mark.parametrize("what", ["train", "score", "growth,score", "generate"])
 def test_comparison_without_rivals_names_them_and_the_command_that_installs_them(
     config: BenchConfig, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.settings.find_spec", lambda name: None)
     message = r"need transformers and peft: pip install -r requirements-dev\.txt"
     with pytest.raises(ValueError, match=message):
         main(replace(config, what=what))
@@ -203,7 +173,7 @@ def test_importing_the_benchmark_does_not_import_the_rivals() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "parts to measure: train, score, methods, shots, growth" in done.stdout
+    assert "parts to measure: train, score, generate, methods, shots, growth, memory" in done.stdout
 
 
 def test_sized_reviews_have_about_the_requested_tokens() -> None:
@@ -223,10 +193,10 @@ def test_growth_is_measured_along_every_axis_without_rivals(
         points.append((config.batch_size, tokens, config.lora_rank, config.model, number))
         return {"train_ms": 3.0, "score_ms": 1.0, "train_mib": 900.0, "score_mib": 800.0}
 
-    monkeypatch.setattr("bench.__main__.grow", note)
-    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.costs.grow", note)
+    monkeypatch.setattr("bench.settings.find_spec", lambda name: None)
     monkeypatch.setattr(
-        "bench.__main__.random_checkpoint", lambda *_: contextlib.nullcontext("folder"))
+        "bench.settings.random_checkpoint", lambda *_: contextlib.nullcontext("folder"))
     monkeypatch.setattr("bench.rivals.load_config", lambda folder: GPTConfig())
     monkeypatch.setattr("bench.rivals.load_tokenizer", lambda folder: get_tokenizer())
     main(replace(config, what="growth"))
