@@ -326,18 +326,18 @@ class Decoder(nn.Module):
             tokens = tokens[places]
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, **changes: Any) -> "Decoder":
+    def from_pretrained(
+        cls, name_or_dir: str | Path, prepare: Callable[["Decoder"], Any] = id, **changes: Any
+    ) -> "Decoder":
         """Load a checkpoint of this family by its name, its path or its hub id, in float32.
 
-        A Path is a local folder or file, never a hub id. `changes` are fields of the config
-        (dropout, LoRA); fresh adapters change no output.
-
-        Raises ValueError for an architecture or tensors that are not this family's, OSError for
-        files that are missing or out of reach.
+        A Path is local, never a hub id. `prepare` may change dtypes of the model before its weights
+        are read. `changes` are fields of the config; new adapters change no output. Raises
+        ValueError for another architecture or tensors, OSError for files out of reach.
         """
         shape = read_shape(name_or_dir, cls.layout)
         with shapes_only():  # the weights come from the file
-            model = cls(cls.config_class(**shape, **changes))
+            prepare(model := cls(cls.config_class(**shape, **changes)))
         base = {name: t for name, t in model.state_dict().items() if not is_lora_name(name)}
         weights = read_weights(name_or_dir, cls.layout, base)
         model.load_state_dict(weights, strict=False, assign=True)

@@ -83,7 +83,7 @@ def read_shape(name: Name, layout: Layout | None = None) -> dict[str, Any]:
 
 
 def read_weights(name: Name, layout: Layout, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the float32 weights of a checkpoint, by the names and shapes of `expected`.
+    """Return the weights of a checkpoint, by the names, shapes and dtypes of `expected`.
 
     Raises ValueError, before anything is allocated, for other names or shapes, and for a damaged
     file or weights that are not finite floating-point numbers.
@@ -96,7 +96,9 @@ def read_weights(name: Name, layout: Layout, expected: Mapping[str, Tensor]) -> 
             ours = layout.own_name(stored)
             if ours:
                 tensor = _transposed(layout, stored, finite_float32(tensor, f"{path}: {stored}"))
-                weights[ours] = tensor.clone(memory_format=torch.contiguous_format)
+                dtype = expected[ours].dtype if ours in expected else tensor.dtype
+                weights[ours] = tensor.to(
+                    dtype, copy=True, memory_format=torch.contiguous_format)
     head = weights.get(layout.head)
     if head is not None and layout.head not in expected:  # the shape says that it is tied
         if not torch.equal(head, weights[layout.embedding]):

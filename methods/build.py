@@ -88,7 +88,10 @@ def build_model(
 
     Raises ValueError for a method that the model's family cannot have.
     """
-    model = load_base(name, config)
+    def store(model: Decoder) -> None:
+        store_frozen_projections(model.requires_grad_(not config.keeps_base), dtype)
+
+    model = load_base(name, config, store)
     match config.trained:
         case "lora":
             mark_only_lora_as_trainable(model)
@@ -98,18 +101,19 @@ def build_model(
             add_bottlenecks(model, config.bottleneck_size, config.bottleneck_norms)
         case "prefix":
             add_prefix(model, config.prefix_tokens, config.prefix_projection)
-    store_frozen_projections(model, dtype)
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
     return model.to(device)
 
 
-def load_base(name: str | Path, config: MethodConfig) -> Decoder:
+def load_base(
+    name: str | Path, config: MethodConfig, prepare: Callable[[Decoder], Any] = id
+) -> Decoder:
     """Load the checkpoint `name`, with new adapters if the method is LoRA."""
+    rank = config.lora_rank if config.trained == "lora" else 0
     return load_decoder(
-        name, dropout=config.dropout, lora_rank=config.lora_rank * (config.trained == "lora"),
-        lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, lora_qkv=config.lora_qkv,
-        lora_targets=config.targets,
+        name, prepare, dropout=config.dropout, lora_rank=rank, lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout, lora_qkv=config.lora_qkv, lora_targets=config.targets,
         lora_rank_stabilized=config.lora_scaling == "rank_stabilized",
     )
 
@@ -127,7 +131,7 @@ def reference_model(
 
 
 def store_frozen_projections(model: Decoder, dtype: torch.dtype) -> None:
-    """Convert frozen projections to the compute `dtype` once, instead of at every use."""
+    """Store frozen projections in the compute `dtype`, instead of converting them at every use."""
     for module in model.modules():
         if isinstance(module, LoRALinear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)

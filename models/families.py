@@ -1,5 +1,6 @@
 """The families of decoders, and which one a checkpoint is of."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ def family_of(name_or_dir: str | Path) -> type[Decoder]:
     return next(family for family in FAMILIES if family.layout is layout)
 
 
-def load_decoder(name_or_dir: str | Path, **changes: Any) -> Decoder:
+def load_decoder(
+    name_or_dir: str | Path, prepare: Callable[[Decoder], Any] = id, **changes: Any
+) -> Decoder:
     """Load a checkpoint of any family; see `Decoder.from_pretrained`."""
-    return family_of(name_or_dir).from_pretrained(name_or_dir, **changes)
+    return family_of(name_or_dir).from_pretrained(name_or_dir, prepare, **changes)
 
 
 def load_config(name_or_dir: str | Path) -> DecoderConfig:

@@ -111,8 +111,9 @@ def friendly(submission: Any) -> dict[str, Any]:
     # A tiny model takes the place of the checkpoint that `build_model` loads.
     stand_ins = {
         "mark_only_lora_as_trainable": exactly_the_adapters,
-        "load_base": lambda name, config: make_gpt(submission, config.lora_rank),
-        "load_decoder": lambda name, **changes: make_gpt(submission, changes.get("lora_rank", 0))}
+        "load_base": lambda name, config, *_: make_gpt(submission, config.lora_rank),
+        "load_decoder": lambda name, *_, **changes: make_gpt(
+            submission, changes.get("lora_rank", 0))}
     with patched(build, **stand_ins), patched(submission.lora, **stand_ins):
         model, full = (build.build_model("", replace(config, lora_rank=rank), cpu, torch.float32)
                        for rank in (RANK, 0))

@@ -9,9 +9,11 @@ from made_models import LORA_TARGETS
 
 import checkpoints.hub_format as hub_format
 from checkpoints.peft_format import save_adapter
+from checkpoints.pretrained import read_weights as real
 from configurator import configure
 from lora import lora_layers
 from methods.build import MethodConfig, build_model, load_checkpoint
+from models.families import load_decoder
 
 CPU = torch.device("cpu")
 LORA = MethodConfig(lora_rank=2, lora_alpha=4.0)
@@ -45,6 +47,17 @@ def test_frozen_projections_are_stored_in_the_compute_dtype(checkpoint: str) -> 
     for layer in lora_layers(model).values():
         assert (layer.weight.dtype, layer.lora_A.dtype) == (torch.bfloat16, torch.float32)
     assert model.transformer.wte.weight.dtype == torch.float32
+
+
+def test_frozen_projections_never_exist_in_float32(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, read = load_decoder(checkpoint).state_dict(), {}
+    monkeypatch.setattr("model.read_weights", lambda *given: read.update(real(*given)) or read)
+    build_model(checkpoint, LORA, CPU, torch.bfloat16)
+    assert {name for name, tensor in read.items() if tensor.dtype == torch.bfloat16} == {
+        name for name in exact if name.endswith("weight") and ("attn." in name or "mlp." in name)}
+    assert all(torch.equal(read[name], exact[name].to(read[name].dtype)) for name in read)
 
 
 def test_checkpoint_of_another_rank_is_refused(checkpoint: str, tmp_path: Path) -> None:
