@@ -32,8 +32,8 @@ class Generator:
 
     def __init__(self, folder: str, config: TrainConfig, device: torch.device) -> None:
         self.dtype = resolve_dtype(config.dtype, device)
-        model = load_decoder(folder).requires_grad_(False)
-        store_frozen_projections(model, self.dtype)
+        model = load_decoder(folder, lambda model: store_frozen_projections(
+            model.requires_grad_(False), self.dtype))
         self.model = model.to(device).eval()
         self.model.config = replace(model.config, end_of_text=())
 
