@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 64  # of an input; the tokens of one step of generation
-CHUNK = 2**24  # logits at once: 64 MiB
+CHUNK = 2**23  # logits at once: 32 MiB
 
 
 @lru_cache(maxsize=1)
