@@ -284,10 +284,7 @@ class Decoder(nn.Module):
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         past: Prefix | None = None,
     ) -> Tensor:
-        """Return `idx` (B, T) followed by up to `max_new_tokens` new tokens per row.
-
-        Rows that have ended are padded with end-of-text; generation stops when all have ended.
-        """
+        """Return `idx` (B, T) and up to `max_new_tokens` more per row, padded with end-of-text."""
         new: list[list[int]] = [[] for _ in idx]
         for step in self.stream(idx.tolist(), max_new_tokens, temperature, top_k, past):
             for row, token in zip(step.rows, step.tokens.tolist(), strict=True):
@@ -327,7 +324,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | Path, prepare: Callable[["Decoder"], Any] = id, **changes: Any
+        cls, name_or_dir: str | Path, prepare: Callable[["Decoder"], Any] = lambda _: None,
+        **changes: Any,
     ) -> "Decoder":
         """Load a checkpoint of this family by its name, its path or its hub id, in float32.
 

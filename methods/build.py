@@ -107,7 +107,7 @@ def build_model(
 
 
 def load_base(
-    name: str | Path, config: MethodConfig, prepare: Callable[[Decoder], Any] = id
+    name: str | Path, config: MethodConfig, prepare: Callable[[Decoder], Any] = lambda _: None
 ) -> Decoder:
     """Load the checkpoint `name`, with new adapters if the method is LoRA."""
     rank = config.lora_rank if config.trained == "lora" else 0

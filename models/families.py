@@ -19,7 +19,7 @@ def family_of(name_or_dir: str | Path) -> type[Decoder]:
 
 
 def load_decoder(
-    name_or_dir: str | Path, prepare: Callable[[Decoder], Any] = id, **changes: Any
+    name_or_dir: str | Path, prepare: Callable[[Decoder], Any] = lambda _: None, **changes: Any
 ) -> Decoder:
     """Load a checkpoint of any family; see `Decoder.from_pretrained`."""
     return family_of(name_or_dir).from_pretrained(name_or_dir, prepare, **changes)

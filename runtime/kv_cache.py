@@ -57,6 +57,7 @@ class Cache:
         if self.used:
             self.at = torch.tensor(self.used, device=tokens.device)  # (R,)
             self.each = torch.arange(len(self.used), device=tokens.device)
+            self.end = max(self.used) + 1  # of the slots in use
             yield tokens, None
             self.used = [length + 1 for length in self.used]
         size, on_cpu = len(prompts), tokens.device.type == "cpu"
@@ -92,8 +93,8 @@ class Cache:
             keys[self.joining, :, : k.size(2)], values[self.joining, :, : k.size(2)] = k, v
             return k, v
         keys[self.each, :, self.at], values[self.each, :, self.at] = k[:, :, 0], v[:, :, 0]
-        rows, end = len(self.used), max(self.used) + 1
-        return keys[:rows, :, :end], values[:rows, :, :end]
+        rows = len(k)
+        return keys[:rows, :, : self.end], values[:rows, :, : self.end]
 
     def next_positions(self) -> Tensor:
         """Return the position (R, 1) of each row's next token, counted from the row's start."""
@@ -101,7 +102,7 @@ class Cache:
 
     def next_mask(self) -> Tensor:
         """Return which slots the next tokens see (R, 1, 1, S): their own row's, and themselves."""
-        slots = torch.arange(max(self.used) + 1, device=self.at.device)
+        slots = torch.arange(self.end, device=self.at.device)
         return (slots <= self.at[:, None])[:, None, None]
 
     def keep(self, rows: list[int]) -> list[int]:
