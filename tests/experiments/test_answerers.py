@@ -144,3 +144,12 @@ def test_an_untrained_model_answers_without_a_run(trained: Path) -> None:
     base = load(GenerateConfig(init_from=str(trained / "base"), dataset="movie_reviews"))
     assert (base.name, base.about) == ("base", "before training; task sentiment")
     assert base.answer(TEXT)[1] > 0
+
+
+def test_a_folder_whose_name_no_page_can_send_is_named_in_a_note(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "lora", tmp_path / "bad\udcff")
+    finished, (note,) = find_runs(tmp_path)
+    assert finished == []
+    assert note == rf"{tmp_path}/bad\udcff is named in another encoding than UTF-8"
