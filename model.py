@@ -316,11 +316,11 @@ class Decoder(nn.Module):
             last = [self._run_blocks(part, past, at, cache)[0][:, -1]  # (B, C)
                     for part, at in cache.turns(tokens, joining)]
             logits = self._head(torch.cat(last))  # (R, V)
-            tokens = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
-            yield Step(queue.rows, logits, tokens)
-            places = cache.keep(queue.accept(tokens.flatten().tolist()))
-            queue.reorder(places)
-            tokens = tokens[places]
+            new = choose_token(logits[:, : self.config.known_tokens], temperature, top_k)
+            step = Step(queue.rows, logits, new)  # nothing of it is used again
+            queue.reorder(places := cache.keep(queue.accept(new.flatten().tolist())))
+            tokens = new[places]
+            yield step
 
     @classmethod
     def from_pretrained(

@@ -34,6 +34,7 @@ def main(config: DemoConfig) -> None:
     treat_as_ctrl_c("SIGTERM", "SIGHUP")  # a training that the page started saves its state first
     build(Path(config.out_dir)).launch(
         server_name="127.0.0.1", server_port=config.port or None, share=config.share,
+        max_file_size=1,  # a visitor has nothing to upload
         css_paths=Path(__file__).with_name("style.css"), footer_links=[], ssr_mode=False,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
 

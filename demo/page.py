@@ -75,7 +75,8 @@ def offer_training(root: Path, settings: Sequence[str]) -> Callable[..., Any]:
     gr.Markdown(TRAIN)
     button = gr.Button("Train the quickstart", variant="primary")
     printed = gr.Textbox(label="What it prints", lines=8, max_lines=14, elem_id="printed")
-    return button.click(job.follow, None, printed, concurrency_limit=None, api_name="train").then
+    # Each who follows it holds one of Gradio's 40 threads.
+    return button.click(job.follow, None, printed, concurrency_limit=16, api_name="train").then
 
 
 def add_tabs(text: gr.Textbox, runs: gr.CheckboxGroup, run: gr.Dropdown, events: list) -> gr.HTML:

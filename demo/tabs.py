@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 
-from experiments.answerers import Answerer, checked, load, load_finished
+from experiments.answerers import Answerer, checked, load_finished, with_bases
 from experiments.escaping import in_html, in_words
 from experiments.finished_runs import UNREADABLE, load_run
 from experiments.jobs import job_of
 from experiments.page import section_html
 from experiments.prompt_tokens import ROLES, prompt_tokens
 from experiments.selected import accuracy_section, chances_section, comparison, spectrum_section
-from generate import GenerateConfig
 
 COPY = "navigator.clipboard.writeText(this.previousSibling.textContent)"
 
@@ -49,12 +48,9 @@ def card(model: Answerer, text: str, strength: float = 1.0, about: str = "") -> 
 
 @in_a_sentence
 def ask(text: str, folders: Sequence[str]) -> str:
-    """Return the answers of the chosen runs and, before them, of the models they began from."""
+    """Return the answers of the chosen runs, each after that of the model it began from."""
     checked(text)
-    runs = [load_finished(folder) for folder in folders]
-    bases = dict.fromkeys(run.base() for run in runs) or [
-        load(GenerateConfig(init_from="gpt2-mini"))]
-    cards = [card(model, text) for model in (*bases, *runs)]
+    cards = [card(model, text) for model in with_bases(folders)]
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

@@ -1,8 +1,9 @@
 """The models of finished runs, ready to answer: loaded once, asked by one thread at a time."""
 
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -34,6 +35,7 @@ class Answerer:
         question = resolve_question(config, subject.settings, dtype_name(subject.dtype))
         self.loader = make_loader(question, subject.model.config, subject.tokenizer)
         self.sampler = ModelSampler(subject.model, self.loader, subject.dtype)
+        self.config = config
         self.task, self.settings, self.lock = self.loader.task, subject.settings, Lock()
         trained = config.init_from == "resume"
         self.is_lora = trained and self.settings.trained == "lora"
@@ -98,6 +100,7 @@ def checked(text: str) -> str:
 
 @lru_cache(maxsize=MOST_MODELS)
 def _load(config: GenerateConfig, stamp: tuple[Any, ...]) -> Answerer:
+    gc.collect()  # an Answerer refers to itself, and would keep its weights when it is dropped
     return Answerer(config)
 
 
@@ -123,3 +126,19 @@ def load_finished(folder: str | None, lora: bool = False) -> Answerer:
         raise ValueError(f"{folder} trained method={found.settings.trained} and has no ΔW: this "
                          "part is for LoRA runs.")
     return found
+
+
+def with_bases(folders: Iterable[str]) -> Iterator[Answerer]:
+    """Yield runs, each base before the first run that began from it; gpt2-mini if there is none.
+
+    They are loaded one after the other, because memory may not hold all at once.
+    """
+    bases: set[GenerateConfig] = set()
+    for run in map(load_finished, folders):
+        base = run.base()
+        if base.config not in bases:
+            bases.add(base.config)
+            yield base
+        yield run
+    if not bases:
+        yield load(GenerateConfig(init_from="gpt2-mini"))

@@ -56,6 +56,8 @@ def find_runs(root: Path) -> tuple[list[Path], list[str]]:
     finished, notes = [], []
     for path in sorted(root.rglob(CONFIG_FILE), key=lambda path: -path.stat().st_mtime):
         try:
+            if str(path).encode("utf-8", "replace").decode() != str(path):
+                raise ValueError(f"{path.parent} is named in another encoding than UTF-8")
             read_json(path)  # `settings_of` takes a damaged file for another program's
             if FINE_TUNING not in (settings_of(path.parent) or {}):
                 continue

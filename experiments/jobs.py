@@ -234,12 +234,11 @@ class SharedJob:
         self.process: subprocess.Popen | None = None
 
     def follow(self) -> Iterator[str]:
-        """Start it, resume it, or join it; yield what it has printed, and last how it ended."""
+        """Start, resume or join it; yield what it has printed, and last how it ended."""
         try:
-            with self.lock:
-                if self.process is None or self.process.poll() is not None:
-                    self.process = self.job.start({})
-                    atexit.register(self.process.terminate)  # it saves its state first
+            if not self.runs():
+                yield "The run is finished."
+                return
             while self.process.poll() is None:
                 yield self.printed()
                 time.sleep(0.5)
@@ -247,6 +246,20 @@ class SharedJob:
             yield f"{self.printed()}\n{f'error: {error}' if error else 'The run is finished.'}"
         except UNREADABLE as error:
             yield f"error: {in_words(error)}"
+
+    def runs(self) -> bool:
+        """Start or resume it unless it runs, or is finished: a new start would remove its results.
+
+        Return False if it is finished.
+        """
+        with self.lock:
+            if self.process is not None and self.process.poll() is None:
+                return True
+            if self.job.finished:
+                return False
+            self.process = self.job.start({})
+            atexit.register(self.process.terminate)  # it saves its state first
+            return True
 
     def printed(self) -> str:
         """Return the last twelve lines of its log, and of a progress bar the last state."""

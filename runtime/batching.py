@@ -51,8 +51,9 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     """Return `rows` as one tensor (B, T), padded on the right with `value`."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    width = max(map(len, rows), default=0)
+    padded = [row + [value] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long).view(len(rows), width)
 
 
 class Step(NamedTuple):

@@ -170,6 +170,8 @@ def of_rank_zero(value: Item) -> Item:
 
 def typed_texts() -> Iterator[str]:
     """Yield the lines on the stdin of rank 0 up to an empty one; on a terminal, ask for them."""
+    if sys.stdin is None:  # closed
+        return
     prompt = "Type a text; an empty line ends: " if sys.stdin.isatty() else ""
     with suppress(EOFError):
         while rank() == 0 and (line := input(prompt)).strip():

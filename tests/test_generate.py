@@ -27,6 +27,7 @@ from generate import (
 from lora import lora_layers
 from methods.build import build_model, load_checkpoint
 from model import GPT
+from runtime.processes import typed_texts
 from runtime.result_files import spare_results
 from tasks.scores import Prediction, fields, summarize
 from tasks.sentiment import SentimentTask
@@ -344,6 +345,11 @@ def test_terminal_is_asked_for_a_text(
     monkeypatch.setattr("sys.stdin", terminal)
     run(f"init_from={checkpoint}", "ask=True")
     assert capsys.readouterr().out == "Type a text; an empty line ends: "
+
+
+def test_closed_stdin_holds_no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(typed_texts()) == []
 
 
 @pytest.mark.parametrize("both", [["export=x", "text=y"], ["export=x", "ask=True"],

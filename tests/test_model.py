@@ -3,6 +3,7 @@
 The contracts that every family keeps are in `models/test_families.py`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -206,3 +207,20 @@ def test_sizes_are_the_published_ones() -> None:
     with torch.device("meta"):
         counts = {name: count_parameters(GPT(shape)).total for name, shape in SIZES.items()}
     assert {name: round(count / 1e6) for name, count in counts.items()} == millions
+
+
+def test_no_prompts_give_no_tokens(tiny: GPT) -> None:
+    assert tiny.generate(torch.empty(0, 3, dtype=torch.long), 4).shape == (0, 3)
+
+
+def test_whoever_changes_a_step_changes_no_later_one(tiny: GPT) -> None:
+    prompts = [[1, 2], [3], [4, 4, 4]]
+
+    def steps(change: bool) -> Iterator[tuple[list[int], list[list[int]]]]:
+        for step in tiny.stream(prompts, [3, 5, 2], temperature=0, batch_size=2):
+            yield [*step.rows], step.tokens.tolist()
+            if change:
+                step.rows.clear()
+                step.tokens.zero_()
+
+    assert list(steps(change=True)) == list(steps(change=False))

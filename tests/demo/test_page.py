@@ -87,6 +87,7 @@ def test_it_opens_a_local_address_without_telemetry(monkeypatch: pytest.MonkeyPa
     main(DemoConfig(out_dir="somewhere"))
     settings = blocks.launch.call_args.kwargs
     assert (settings["server_name"], settings["share"]) == ("127.0.0.1", False)
+    assert settings["max_file_size"] == 1
     assert Path(settings["css_paths"]).is_file()
     assert all(isinstance(font, str) for font in settings["theme"]._font)
     main(DemoConfig(share=True, port=8000))

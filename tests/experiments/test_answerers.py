@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import generate
 from checkpoints.files import read_json
 from configurator import configure
 from experiments import answerers
-from experiments.answerers import load, load_finished
+from experiments.answerers import load, load_finished, with_bases
 from experiments.finished_runs import find_runs
 from experiments.subspaces import scaled, updates
 from generate import GenerateConfig
@@ -144,3 +146,27 @@ def test_an_untrained_model_answers_without_a_run(trained: Path) -> None:
     base = load(GenerateConfig(init_from=str(trained / "base"), dataset="movie_reviews"))
     assert (base.name, base.about) == ("base", "before training; task sentiment")
     assert base.answer(TEXT)[1] > 0
+
+
+def test_a_folder_whose_name_no_page_can_send_is_named_in_a_note(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "lora", tmp_path / "bad\udcff")
+    finished, (note,) = find_runs(tmp_path)
+    assert finished == []
+    assert note == rf"{tmp_path}/bad\udcff is named in another encoding than UTF-8"
+
+
+def test_many_runs_are_asked_without_holding_all_their_models(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answerers, "_load", lru_cache(maxsize=2)(answerers._load.__wrapped__))
+    folders = [str(shutil.copytree(trained / "lora", tmp_path / str(i))) for i in range(5)]
+    alive, names, most = weakref.WeakSet(), [], 0
+    for model in with_bases(folders):
+        alive.add(model)
+        names.append(model.name)
+        most = max(most, len(alive))
+        del model
+    assert names == ["base", *folders]
+    assert most <= 4

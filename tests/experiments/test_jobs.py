@@ -435,6 +435,15 @@ def test_shared_job_is_started_once_and_followed_to_its_end(script: str) -> None
     assert "seconds=0.2" in shared.printed()
 
 
+def test_shared_job_leaves_a_finished_run_alone(script: str) -> None:
+    shared = SharedJob(job(script, "done"))
+    list(shared.follow())
+    process, started = shared.process, (shared.job.folder / "started").stat().st_mtime_ns
+    assert list(shared.follow()) == list(SharedJob(shared.job).follow()) == ["The run is finished."]
+    assert shared.process is process
+    assert (shared.job.folder / "started").stat().st_mtime_ns == started
+
+
 def test_shared_job_says_why_it_failed(script: str) -> None:
     assert list(SharedJob(failing(script, "bad", "no such file")).follow())[-1].endswith(
         "error: no such file")
