@@ -32,11 +32,13 @@ def main(config: DemoConfig) -> None:
         raise ValueError(f"{error.name} is missing: pip install -r requirements-demo.txt") from None
     set_up_memory()
     treat_as_ctrl_c("SIGTERM", "SIGHUP")  # a training that the page started saves its state first
-    build(Path(config.out_dir)).launch(
-        server_name="127.0.0.1", server_port=config.port or None, share=config.share,
-        max_file_size=1,  # a visitor has nothing to upload
-        css_paths=Path(__file__).with_name("style.css"), footer_links=[], ssr_mode=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+    try:
+        build(Path(config.out_dir)).launch(
+            server_name="127.0.0.1", server_port=config.port or None, share=config.share,
+            css_paths=Path(__file__).with_name("style.css"), footer_links=[], ssr_mode=False,
+            max_file_size=1, theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]))
+    except OSError:
+        raise ValueError(f"port={config.port} is in use; port=0 takes a free one") from None
 
 
 if __name__ == "__main__":
