@@ -80,7 +80,8 @@ def test_older_run_resumes_as_if_never_stopped(
         assert (folder / "last" / "predictions.jsonl").read_bytes() == (
             whole / "last" / "predictions.jsonl").read_bytes()
     mine, theirs = (read_metrics(path)[-1] for path in (folder, whole))
-    assert mine == pytest.approx(theirs, rel=1e-4)
+    mine = {name: value for name, value in mine.items() if not name.endswith("memory_mib")}
+    assert mine == pytest.approx(theirs, rel=1e-4)  # older runs did not log their memory here
     assert read_json(folder / FINISHED_FILE) == {"iteration": 4}
 
 

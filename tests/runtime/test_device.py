@@ -1,6 +1,7 @@
 """Unusable devices and precisions are refused; torchrun does not change a run's losses."""
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -16,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import device as device_module
 from runtime import processes
-from runtime.device import PhaseMemory, resolve_device, resolve_dtype, shapes_only
+from runtime.device import (
+    PhaseMemory,
+    forget_peak_memory,
+    resolve_device,
+    resolve_dtype,
+    shapes_only,
+)
 from runtime.metrics import read_metrics
 from train import Run, TrainConfig, train
 
@@ -259,8 +266,11 @@ def test_full_gpu_memory_is_reported_with_the_settings_to_change() -> None:
 
 def test_memory_is_told_for_each_phase() -> None:
     memory = PhaseMemory(torch.device("cpu"))
+    forget_peak_memory(memory.device)  # of the tests before
     before = memory.end("loading")["loading_memory_mib"]
-    torch.ones(2**25)  # 128 MiB, and forgotten
+    with mmap.mmap(-1, 2**27) as pages:  # 128 MiB that no allocator keeps
+        for _ in range(2**7):
+            pages.write(bytes(2**20))
     memory.end("training")
     peaks = memory.end("test")
     assert peaks.keys() == {
