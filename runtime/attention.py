@@ -37,15 +37,14 @@ def attend(
         mask = torch.ones(1, 1, shape[2], shape[2], dtype=torch.bool, device=q.device).tril()
     if shared > 1:  # stand the queries of one key below each other: no key is copied
         q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
-    if prefix is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
-    T, D = q.shape[2:]
-    prefix = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
-    # For short rows the attention weights take less memory than copies of the prefix.
-    if q.device.type == "cpu" and T < 2 * D:
+    # For short rows the attention weights take less memory than copies of the prefix; for one
+    # token of each row, products are faster.
+    longest = 2 * q.size(3) - 1 if prefix else shared
+    if q.device.type == "cpu" and q.size(2) <= longest:
         return _attend_in_parts(q, k, v, prefix, mask, dropout).reshape(shape)
-    k, v = _behind(prefix, k, v)
-    mask = F.pad(mask, (prefix[0].size(2), 0), value=True)
+    if prefix:
+        k, v = _behind(prefix, k, v)
+        mask = F.pad(mask, (prefix[0].size(2), 0), value=True)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
 
 
@@ -119,21 +118,25 @@ def _block_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _attend_in_parts(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Attend to the prefix for all rows in one product per head, without a copy for each row."""
-    (B, H, T, D), S = q.shape, k.size(2)
-    prefix_k, prefix_v = prefix[0][0], prefix[1][0]  # (H, P, D)
-    q, k, v = (x.transpose(0, 1).reshape(H * B, -1, D) for x in (q, k, v))  # (H·B, T or S, D)
-    all_q, scale = q.view(H, B * T, D), D**-0.5
+    """Attend by products; to the prefix for all rows in one per head, without a copy for each."""
+    (B, H, T, D), S, scale = q.shape, k.size(2), q.size(-1) ** -0.5
+    own_q, own_k, own_v = (x.reshape(B * H, -1, D) for x in (q, k, v))  # of a cache no copies
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    bias = bias.transpose(0, 1).expand(H, B, T, S).flatten(0, 1)  # (H·B, T, S)
-    to_prefix = torch.baddbmm(
-        q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
-    to_own = torch.baddbmm(bias, q, k.mT, alpha=scale)  # (H·B, T, S)
-    scores = torch.cat((to_prefix.view(H * B, T, -1), to_own), dim=-1)  # (H·B, T, P+S)
+    bias = bias.expand(B, H, T, S).reshape(B * H, T, S)
+    scores = torch.baddbmm(bias, own_q, own_k.mT, alpha=scale)  # (B·H, T, S)
+    if prefix:
+        prefix_k, prefix_v = (x[0].to(k.dtype) for x in prefix)  # (H, P, D)
+        all_q = q.transpose(0, 1).reshape(H, B * T, D)
+        to_prefix = torch.baddbmm(
+            q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
+        to_prefix = to_prefix.view(H, B, T, -1).transpose(0, 1).flatten(0, 1)  # (B·H, T, P)
+        scores = torch.cat((to_prefix, scores), dim=-1)
     weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
-    on_prefix, on_own = weights.view(H, B, T, -1).split((prefix_k.size(1), S), dim=-1)
-    y = torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H * B, T, D)  # (H, B·T, P) x (H, P, D)
-    y = torch.baddbmm(y, on_own.flatten(0, 1), v)  # (H·B, T, D)
-    return y.view(H, B, T, D).transpose(0, 1)  # (B, H, T, D)
+    y = torch.bmm(weights[:, :, weights.size(2) - S :], own_v).view(B, H, T, D)
+    if prefix:
+        on_prefix = weights[:, :, : weights.size(2) - S].view(B, H, T, -1).transpose(0, 1)
+        y = y + torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H, B, T, D).transpose(0, 1)
+    return y

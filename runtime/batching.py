@@ -68,9 +68,9 @@ class Queue:
     """Texts that grow token by token in a batch: the longest come first.
 
     A text leaves after its limit of new tokens, or with a token of `ends`, and the next ones take
-    its place. The batch has `tokens` for `batch_size` texts of mean length: room for fewer long or
-    for more short ones. A text that fills the whole `window` of the model waits again, to run from
-    its last tokens. Raises ValueError for a prompt without tokens.
+    its place. The batch has `tokens` for `batch_size` prompts of mean length with the largest
+    limit: room for fewer long or for more short ones. A text that fills the whole `window` of the
+    model waits again, to run from its last tokens. Raises ValueError for an empty prompt.
     """
 
     def __init__(
@@ -86,9 +86,10 @@ class Queue:
         self.waiting.sort(key=self.slots_of)
         self.rows: list[int] = []  # of the batch: indices of texts
         self.places = self.slots = 0  # rows of the batch, and tokens of each
-        slots = [self.slots_of(i) for i in self.waiting] or [0]
-        mean = sum(slots) // len(slots) if batch_size else slots[-1]
-        self.tokens = max(slots[-1], min(batch_size or len(slots), len(slots)) * mean)
+        most, number = max(map(self.slots_of, self.waiting), default=0), max(1, len(prompts))
+        mean = min(most, sum(map(len, prompts)) // number + max(limits, default=0))
+        size = min(batch_size or number, number)
+        self.tokens = max(most, size * (mean if batch_size else most))
 
     def slots_of(self, i: int) -> int:
         """The tokens of a text that are computed at once: all but its last."""

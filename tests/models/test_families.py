@@ -263,7 +263,7 @@ class TestGeneration:
         monkeypatch.setattr(batching, "FEWEST_TOKENS", fewest)
         model, prompts = family.load().eval(), [[1, 2, 3], [4, 5], [6], [7, 8, 9, 1]]
         model.config = replace(model.config, end_of_text=(VOCABULARY,))  # no token
-        steps = list(model.stream(prompts, (4, 3, 3, 1), 0, batch_size=3))
+        steps = list(model.stream(prompts, (4, 3, 3, 1), 0, batch_size=2))
         assert [step.rows for step in steps] == rows
 
     def test_prompt_past_and_new_tokens_may_fill_the_block_exactly(self, family: Family) -> None:
