@@ -30,6 +30,7 @@ class View(NamedTuple):
 
 # A part of the prompts has about as many tokens: enough for fast products, few for little padding.
 PART_TOKENS = 512
+SLOTS = 16  # a step attends to a multiple of so many, masked
 
 
 class Cache:
@@ -57,7 +58,8 @@ class Cache:
         if self.used:
             self.at = torch.tensor(self.used, device=tokens.device)  # (R,)
             self.each = torch.arange(len(self.used), device=tokens.device)
-            self.end = max(self.used) + 1  # of the slots in use
+            used = max(self.used) + 1  # rounded up: oneDNN builds a kernel for every new size
+            self.end = min(self.slots, -(-used // SLOTS) * SLOTS)
             yield tokens, None
             self.used = [length + 1 for length in self.used]
         size, on_cpu = len(prompts), tokens.device.type == "cpu"
