@@ -1,7 +1,6 @@
 """Open a page in the browser to play with finished runs: what did LoRA do?
 
 pip install -r requirements-demo.txt && python -m demo     the runs under out/
-python -m demo out_dir=out/quickstart port=8000
 """
 
 from dataclasses import dataclass

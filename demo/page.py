@@ -10,8 +10,9 @@ from configurator import ROOT, configure
 from demo import tabs
 from experiments.escaping import plain
 from experiments.finished_runs import find_runs, load_run
-from experiments.jobs import SharedJob, job_of
+from experiments.jobs import job_of
 from experiments.selected import EXAMPLES
+from experiments.shared_job import SharedJob
 from train import TrainConfig
 
 HEAD = """# What did LoRA do?

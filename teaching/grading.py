@@ -19,11 +19,11 @@ from gradescope_utils.autograder_utils.json_test_runner import JSONTestRunner
 
 from checkpoints.files import write_json
 from tasks.scores import table
-from teaching.checks import make_suite
 from teaching.parts import CUTS, FRONT
 from teaching.rubric import RUBRIC
 from teaching.sandbox import Limits, Sandbox
 from teaching.starter import handout_sources
+from teaching.suite import make_suite
 
 RESULTS = "results.json"
 LARGEST = 4 * 2**20  # bytes of a submission's sources

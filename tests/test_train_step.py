@@ -53,8 +53,12 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_less(config: TrainConfi
         model = fresh_model(changed)
         window = make_loader(changed, model.config).window(0, 8, 4)
         weights, sizes = {p.data_ptr() for p in model.parameters()}, []
-        pack = lambda t, w=weights, s=sizes: s.append(t.numel() * (t.data_ptr() not in w)) or t  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+
+        def note(t: torch.Tensor, weights: set = weights, sizes: list = sizes) -> torch.Tensor:
+            sizes.append(t.numel() * (t.data_ptr() not in weights))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             model.nats(window[0].inputs, window[0].targets)
         kept.append(sum(sizes))
         optimizer = configure_optimizer(model, changed)

@@ -15,7 +15,8 @@ from made_runs import make_run, missing, zero_shot
 from checkpoints.files import read_json, write_json
 from checkpoints.trainer_state import STATE_FILE
 from experiments import finished_runs, jobs
-from experiments.jobs import Job, SharedJob, run_jobs, share_of_machine
+from experiments.jobs import Job, run_jobs, share_of_machine
+from experiments.shared_job import SharedJob
 from runtime.run_folder import FINISHED_FILE
 from tasks.sources import data_digest
 from train import TrainConfig
