@@ -132,6 +132,8 @@ def read_pair(row: Any, where: str) -> Record:
         raise ValueError(f"{where}: chosen_ended and rejected_ended must be true or false")
     if not all(pair[kind].strip() or ended[f"{kind}_ended"] for kind in ("chosen", "rejected")):
         raise ValueError(f"{where} has an empty answer without an end")
+    if not pair["prompt"].strip():
+        raise ValueError(f"{where} has an empty prompt; answers need something to follow")
     return pair | {name: value for name, value in ended.items() if not value}
 
 

@@ -62,6 +62,7 @@ def test_chat_prompt_is_the_text_without_the_marks_of_the_speakers() -> None:
     ({"chosen": [USER, GOOD], "rejected": [GOOD, BAD]}, "here needs two conversations"),
     ({"prompt": "x", "chosen": "y", "rejected": "z", "chosen_ended": 1}, "must be true or false"),
     ({"prompt": "x", "chosen": " ", "rejected": "z", "chosen_ended": False}, "here has an empty"),
+    ({"prompt": " ", "chosen": "y", "rejected": "z"}, "here has an empty prompt"),
     ({"prompt": [USER], "chosen": [GOOD, USER, BAD], "rejected": [GOOD, USER, GOOD]}, "needs two"),
     ({"chosen": [USER, USER], "rejected": [USER, BAD]}, "needs messages of the assistant"),
 ])
