@@ -21,8 +21,8 @@ CHUNK = 2**23  # logits at once: 32 MiB
 def onednn_is_faster() -> bool:
     """Return whether oneDNN is faster than MKL, which uses only AVX2 on AMD's AVX-512 processors.
 
-    The answer depends on the machine and on no measurement, so that a resumed run takes the same
-    path as before.
+    MKL chooses by the vendor and does not tell what it has chosen; therefore the vendor is asked
+    here, too. Nothing is measured, so that a resumed run takes the same path as before.
     """
     cpuinfo = Path("/proc/cpuinfo")
     return (
