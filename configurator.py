@@ -136,5 +136,5 @@ def _help(cls: type, hints: dict[str, Any], description: str) -> str:
         kind, reason, *_ = get_args(hints[field.name])
         choices = f" (one of {', '.join(get_args(kind))})" if get_args(kind) else ""
         lines.append(f"  {field.name}={field.default}\n      {reason}{choices}")
-    aliases = (f"{alias} = {name}" for alias, name in ALIASES.items() if name in hints)
-    return "\n".join([*lines, f"Aliases: {', '.join(aliases)}"])
+    aliases = [f"{alias} = {name}" for alias, name in ALIASES.items() if name in hints]
+    return "\n".join([*lines, *([f"Aliases: {', '.join(aliases)}"] if aliases else [])])

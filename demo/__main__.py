@@ -9,8 +9,8 @@ from typing import Annotated
 
 from checkpoints.files import local_path
 from configurator import Bounds, run_script
-from experiments.jobs import treat_as_ctrl_c
 from runtime.device import set_up_memory
+from runtime.processes import treat_as_ctrl_c
 
 
 @dataclass(frozen=True)

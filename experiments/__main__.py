@@ -20,12 +20,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import run_script
-from experiments.jobs import AGAIN, Job, make_job, run_jobs, treat_as_ctrl_c
+from experiments.jobs import AGAIN, Job, make_job, run_jobs
 from experiments.plan import ExperimentsConfig, Variant, plan
 from experiments.report import check_folder, write_report
 from experiments.results import Row
 from experiments.time_estimate import Estimate
 from generate import GenerateConfig
+from runtime.processes import treat_as_ctrl_c
 from tasks.registry import make_task, resolve_dataset
 from tasks.scores import table
 from train import TrainConfig

@@ -316,10 +316,3 @@ def share_of_machine(slot: int, at_once: int) -> dict[str, str]:
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
              "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     return share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
-
-
-def treat_as_ctrl_c(*names: str) -> None:
-    """Let signals stop the runs as Ctrl-C does, unless they are ignored, as with nohup."""
-    for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)

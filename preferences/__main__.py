@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoints.files import read_json, write_json
 from configurator import run_script
-from experiments.jobs import Job, run_jobs, treat_as_ctrl_c
+from experiments.jobs import Job, run_jobs
 from generate import GenerateConfig, Subject, load_subject
 from preferences.evaluation import evaluate, judge_draws
 from preferences.pairs import Row, rank, rewarded_samples, write_rows
@@ -32,6 +32,7 @@ from preferences.prompts import LONGEST, draw_prompts, read_texts
 from preferences.report import check_folder, write_report
 from preferences.rewards import RewardModel
 from runtime.device import dtype_name, set_up_memory
+from runtime.processes import treat_as_ctrl_c
 from runtime.run_folder import CONFIG_FILE
 
 ABOUT = "experiment.json"  # what the samples and their rewards depend on

@@ -196,3 +196,10 @@ def stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def treat_as_ctrl_c(*names: str) -> None:
+    """Let signals stop the runs as Ctrl-C does, unless they are ignored, as with nohup."""
+    for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)

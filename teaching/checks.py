@@ -206,7 +206,6 @@ def labels(seen: dict[str, Any]) -> Claims:
     right, found = [label for *_, label in REVIEWS], seen["labels"]
     if len(found) != len(right):
         return [(False, f"Expected one label for each of {len(right)} records, not {len(found)}.")]
-    pairs = list(zip(found, right, strict=True))
     texts = {label: [i for i, (_, _, own) in enumerate(REVIEWS) if own == label]
              for label in (0, 1, -1)}
     unsure = [i for i in texts[-1] if {"positive", "negative"} <= set(REVIEWS[i][1].split())]
@@ -214,7 +213,7 @@ def labels(seen: dict[str, Any]) -> Claims:
     inside = [i for i in inside if i not in unsure]
 
     def agree(rows: Sequence[int]) -> bool:
-        return all(pairs[i][0] == pairs[i][1] for i in rows)
+        return all(found[i] == right[i] for i in rows)
 
     return [
         (agree(texts[0] + texts[1]), "Expected a label word, in any case, to be its label."),
