@@ -104,7 +104,8 @@ def frontier(config: PreferencesConfig, judged: Judged, drawn: Sequence[Row]) ->
             "language. Best of n draws n samples and keeps the one with the largest reward; "
             "log n − (n − 1) / n bounds its divergence."]
     figure = draw_frontier(points, {n: best for n, best in bests.items() if n > 1})
-    basis = f"{config.test_prompts} held-out beginnings, {config.seeds} run(s) each"
+    runs = "1 run" if config.seeds == 1 else f"{config.seeds} runs"
+    basis = f"{config.test_prompts} held-out beginnings, {runs} each"
     return Section("Reward over distance", basis, [*text, *markdown_table(rows)], figure)
 
 
