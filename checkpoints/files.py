@@ -4,12 +4,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 
 TEMPORARY = r"\..+\.\d+\.partial(\.\w+)?"  # the names of `atomic_write`'s temporary files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What `torch.save` names in a file of tensors.
+PICKLED = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
+OLD_PICKLES = 5  # the older format of `torch.save` begins with so many
 SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
 
 
@@ -101,6 +106,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     Raises ValueError if the file holds anything else.
     """
     try:
+        refuse_other_names(path)
         mmap = zipfile.is_zipfile(path)  # the older format cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
@@ -110,11 +116,37 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or holds more than tensors: {reason}") from None
     sound = isinstance(tensors, dict) and all(
         isinstance(name, str) and type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
         for name, tensor in tensors.items())
     if not sound:
         raise ValueError(f"{path} must hold plain tensors by their names")
     return tensors
+
+
+def refuse_other_names(path: Path) -> None:
+    """Raise an error if a file of `torch.save` is compressed, or names more than tensors.
+
+    torch runs no code either, but it would make a bytearray of any size, and map compressed bytes
+    as if they were numbers.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            for _ in range(OLD_PICKLES):
+                _check_names(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename!r:.80} in it is compressed")
+            if entry.filename.endswith("data.pkl"):
+                with archive.open(entry) as file:
+                    _check_names(file)
+
+
+def _check_names(file: IO[bytes]) -> None:
+    for operation, name, _ in pickletools.genops(file):
+        if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(name)):
+            raise ValueError(f"it names {name!r:.80}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,16 @@ def _header(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".gguf":
         return {name: torch.empty(shape, device="meta")
                 for name, shape in gguf_tensor_shapes(path).items()}
-    return read_pickled(path) if path.suffix == ".bin" else meta_tensors(path)
+    if path.suffix != ".bin":
+        return meta_tensors(path)
+    stat = path.stat()
+    return _pickled_header(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # shards; the older format can be read only as a whole
+def _pickled_header(path: Path, size: int, modified: int) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="meta")
+            for name, tensor in read_pickled(path).items()}
 
 
 def _stream(path: Path) -> Iterator[tuple[str, Tensor]]:
