@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora import check_state
+
 TEMPORARY = r"\..+\.\d+\.partial(\.\w+)?"  # the names of `atomic_write`'s temporary files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What `torch.save` names in a file of tensors.
@@ -98,6 +100,26 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         # Closing the file unmaps its pages.
         with _refusing_damage(path), safe_open(path, "pt") as file:
             yield name, file.get_tensor(name)
+
+
+def read_fitting(path: Path, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, in float32, that has those of `expected`.
+
+    Raises ValueError, before any is read, if their names or shapes differ; then as `read_tensors`
+    and `finite_float32` do.
+    """
+    check_fit(expected, meta_tensors(path), what)
+    return {name: finite_float32(tensor, f"{path}: {name}")
+            for name, tensor in read_tensors(path).items()}
+
+
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Compare the names and shapes of a file's tensors as `check_state` does; cut long messages."""
+    try:
+        check_state(expected, found, what)
+    except ValueError as error:  # it names every tensor, and names may hold line breaks
+        faults = " ".join(str(error).split())
+        raise ValueError(faults if len(faults) < 400 else f"{faults[:390]} ...") from None
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import (
+    check_fit,
     finite_float32,
     meta_tensors,
     read_json,
@@ -26,7 +27,6 @@ from checkpoints.gguf_format import (
 )
 from checkpoints.hub_format import CONFIG, WEIGHTS, find_file, find_weights
 from checkpoints.layouts import Layout, find_layout
-from lora import check_state
 
 GENERATION_CONFIG = "generation_config.json"
 PACKAGED = ("gpt2-mini", "smollm2")  # names of models that are no paths
@@ -120,11 +120,7 @@ def _check_header(
                 raise ValueError(f"{path}: {ours} is there twice")
             if ours and (ours in expected or ours != layout.head):
                 found[ours] = _transposed(layout, stored, tensor)
-    try:
-        check_state(expected, found, name)
-    except ValueError as error:  # it names every tensor, and names may hold line breaks
-        faults = " ".join(str(error).split())
-        raise ValueError(faults if len(faults) < 400 else f"{faults[:390]} ...") from None
+    check_fit(expected, found, name)
 
 
 def write_pretrained(

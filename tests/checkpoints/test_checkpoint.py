@@ -216,7 +216,7 @@ def test_adapter_of_peft_loads(
         ({"lora_rank": 5}, "r=4, the model 5"),
         ({"lora_alpha": 7.0}, "lora_alpha=6.0, the model 7.0"),
         ({"lora_qkv": "shared"}, "rank_pattern={.*12}, the model {}"),
-        ({"lora_targets": LORA_TARGETS}, r"missing base_model.*h\.1\.mlp\.c_fc\.lora_A\.weight"),
+        ({"lora_targets": LORA_TARGETS}, r"missing base_model.*h\.0\.mlp\.c_fc\.lora_A\.weight"),
         ({"lora_rank": 0}, r"the model has no adapters \(lora_rank=0\)"),
     ],
 )
