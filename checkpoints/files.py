@@ -25,6 +25,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLED = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
 OLD_PICKLES = 5  # the older format of `torch.save` begins with so many
+LARGEST_TEXT = 2**26  # bytes; the largest tokenizer.json of the hub has half as many
 SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
 
 
@@ -57,10 +58,21 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8. Raises ValueError if it has other bytes, or too many."""
+    if (size := path.stat().st_size) > LARGEST_TEXT:
+        raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST_TEXT:,} are read")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file holds anything else."""
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
