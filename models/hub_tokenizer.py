@@ -224,13 +224,16 @@ class _TooSlow(BaseException):
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise `_TooSlow` in a template that runs for more than `LONGEST_RENDERING`."""
+    """Raise `_TooSlow` in a template that runs for more than `LONGEST_RENDERING`.
+
+    Python calls `check` at each line of the template and at each call of a function.
+    """
     end, tracer, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), count(1)
 
     def check(frame: Any, event: str, argument: Any) -> Any:
         if next(steps) % 100 == 0 and time.thread_time() > end:  # reading the clock takes time
             raise _TooSlow(f"it runs for more than {LONGEST_RENDERING:g} seconds")
-        return check if frame.f_code.co_filename == "<template>" else None  # each line, each call
+        return check if frame.f_code.co_filename == "<template>" else None
 
     sys.settrace(check)
     try:
