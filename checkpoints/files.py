@@ -4,20 +4,28 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora import check_state
+
 TEMPORARY = r"\..+\.\d+\.partial(\.\w+)?"  # the names of `atomic_write`'s temporary files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What `torch.save` names in a file of tensors.
+PICKLED = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
+OLD_PICKLES = 5  # the older format of `torch.save` begins with so many
+LARGEST_TEXT = 2**26  # bytes; the largest tokenizer.json of the hub has half as many
 SLUG_BYTES = 40  # names are built of several slugs; file systems allow 255 bytes
 
 
@@ -50,10 +58,21 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8. Raises ValueError if it has other bytes, or too many."""
+    if (size := path.stat().st_size) > LARGEST_TEXT:
+        raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST_TEXT:,} are read")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file holds anything else."""
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -95,12 +114,33 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def read_fitting(path: Path, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, in float32, that has those of `expected`.
+
+    Raises ValueError, before any is read, if their names or shapes differ; then as `read_tensors`
+    and `finite_float32` do.
+    """
+    check_fit(expected, meta_tensors(path), what)
+    return {name: finite_float32(tensor, f"{path}: {name}")
+            for name, tensor in read_tensors(path).items()}
+
+
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Compare the names and shapes of a file's tensors as `check_state` does; cut long messages."""
+    try:
+        check_state(expected, found, what)
+    except ValueError as error:  # it names every tensor, and names may hold line breaks
+        faults = " ".join(str(error).split())
+        raise ValueError(faults if len(faults) < 400 else f"{faults[:390]} ...") from None
+
+
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """Map the tensors of a `pytorch_model.bin` into memory, without running any code in it.
 
     Raises ValueError if the file holds anything else.
     """
     try:
+        refuse_other_names(path)
         mmap = zipfile.is_zipfile(path)  # the older format cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
@@ -110,11 +150,37 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or holds more than tensors: {reason}") from None
     sound = isinstance(tensors, dict) and all(
         isinstance(name, str) and type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
         for name, tensor in tensors.items())
     if not sound:
         raise ValueError(f"{path} must hold plain tensors by their names")
     return tensors
+
+
+def refuse_other_names(path: Path) -> None:
+    """Raise an error if a file of `torch.save` is compressed, or names more than tensors.
+
+    torch runs no code either, but it would make a bytearray of any size, and map compressed bytes
+    as if they were numbers.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            for _ in range(OLD_PICKLES):
+                _check_names(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename!r:.80} in it is compressed")
+            if entry.filename.endswith("data.pkl"):
+                with archive.open(entry) as file:
+                    _check_names(file)
+
+
+def _check_names(file: IO[bytes]) -> None:
+    for operation, name, _ in pickletools.genops(file):
+        if "GLOBAL" in operation.name and not PICKLED.fullmatch(str(name)):
+            raise ValueError(f"it names {name!r:.80}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 END_OF_TEXT = 50256  # GPT-2's
 LARGEST = 10**6  # no real model has more tokens, layers or features
+LONGEST = 2**24  # float32, in which angles are computed, counts positions exactly up to here
 Fields = Mapping[str, Any]
 
 
@@ -41,11 +42,14 @@ class Layout:
 
 
 def whole(hub: Fields, field: str, where: str, default: int | None = None) -> int:
-    """Return a size from config.json. Raises ValueError unless it is from 1 to `LARGEST`."""
-    value = hub.get(field)
+    """Return a size from config.json.
+
+    Raises ValueError unless it is from 1 to `LARGEST`, or `LONGEST` for rotary positions.
+    """
+    value, most = hub.get(field), LONGEST if field == "max_position_embeddings" else LARGEST
     value = default if value is None else value
-    if not (type(value) is int and 1 <= value <= LARGEST):
-        raise ValueError(f"{where}: config.json needs a whole number from 1 to {LARGEST:,} as "
+    if not (type(value) is int and 1 <= value <= most):
+        raise ValueError(f"{where}: config.json needs a whole number from 1 to {most:,} as "
                          f"{field}, not {value!r:.80}")
     return value
 

@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import (
-    finite_float32,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from checkpoints.files import read_fitting, read_json, write_json, write_tensors
 from lora import check_state, load_lora_state_dict, lora_layers
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -43,9 +37,10 @@ def save_adapter(model: nn.Module, folder: Path | str, base_model: str) -> None:
 
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
     """Load adapters in PEFT's layout. Raises ValueError if they do not fit `model`."""
-    config, path = read_json(Path(folder) / ADAPTER_CONFIG), Path(folder) / ADAPTER
-    tensors = {name: finite_float32(tensor, f"{path}: {name}")
-               for name, tensor in read_tensors(path).items()}
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
+    expected_config, expected = peft_state_dict(model)
+    _check_config(config, expected_config)
+    tensors = read_fitting(Path(folder) / ADAPTER, expected, "adapter")
     load_peft_state_dict(model, config, tensors)
 
 

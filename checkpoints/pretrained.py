@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import (
+    check_fit,
     finite_float32,
     meta_tensors,
     read_json,
@@ -26,7 +27,6 @@ from checkpoints.gguf_format import (
 )
 from checkpoints.hub_format import CONFIG, WEIGHTS, find_file, find_weights
 from checkpoints.layouts import Layout, find_layout
-from lora import check_state
 
 GENERATION_CONFIG = "generation_config.json"
 PACKAGED = ("gpt2-mini", "smollm2")  # names of models that are no paths
@@ -120,11 +120,7 @@ def _check_header(
                 raise ValueError(f"{path}: {ours} is there twice")
             if ours and (ours in expected or ours != layout.head):
                 found[ours] = _transposed(layout, stored, tensor)
-    try:
-        check_state(expected, found, name)
-    except ValueError as error:  # it names every tensor, and names may hold line breaks
-        faults = " ".join(str(error).split())
-        raise ValueError(faults if len(faults) < 400 else f"{faults[:390]} ...") from None
+    check_fit(expected, found, name)
 
 
 def write_pretrained(
@@ -174,7 +170,16 @@ def _header(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".gguf":
         return {name: torch.empty(shape, device="meta")
                 for name, shape in gguf_tensor_shapes(path).items()}
-    return read_pickled(path) if path.suffix == ".bin" else meta_tensors(path)
+    if path.suffix != ".bin":
+        return meta_tensors(path)
+    stat = path.stat()
+    return _pickled_header(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # shards; the older format can be read only as a whole
+def _pickled_header(path: Path, size: int, modified: int) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="meta")
+            for name, tensor in read_pickled(path).items()}
 
 
 def _stream(path: Path) -> Iterator[tuple[str, Tensor]]:

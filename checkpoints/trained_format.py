@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoints.files import finite_float32, read_json, read_tensors, write_json, write_tensors
+from checkpoints.files import read_fitting, read_json, write_json, write_tensors
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG
-from lora import check_state
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -36,8 +35,5 @@ def load_trained(model: nn.Module, folder: Path, method: str) -> None:
     kind = found.get("method", found.get("peft_type"))
     if kind != method:
         raise ValueError(f"{folder} holds the weights of {kind!s:.80}, not of method={method}")
-    path = folder / ADAPTER
-    tensors = {name: finite_float32(tensor, f"{path}: {name}")
-               for name, tensor in read_tensors(path).items()}
-    check_state(trained_state(model), tensors, f"method={method}")
+    tensors = read_fitting(folder / ADAPTER, trained_state(model), f"method={method}")
     model.load_state_dict(tensors, strict=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.files import atomic_write
+from checkpoints.files import atomic_write, refuse_other_names
 from lora import check_state
 
 STATE_FILE = "trainer_state.pt"
@@ -110,6 +110,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises ValueError if the file holds anything else, OSError if it is missing.
     """
     try:
+        refuse_other_names(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import finite_float32, read_json, read_tensors, write_json, write_tensors
+from checkpoints.files import read_fitting, read_json, write_json, write_tensors
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG
-from lora import check_state
 from model import Decoder
 from runtime.kv_cache import Prefix
 
@@ -93,9 +92,6 @@ def load_prefix(model: Decoder, folder: Path) -> None:
     kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
     if kind != "PREFIX_TUNING":
         raise ValueError(f"{folder} holds peft_type={kind!s:.80}, not a learned prefix")
-    path = folder / ADAPTER
-    tensors = {name: finite_float32(tensor, f"{path}: {name}")
-               for name, tensor in read_tensors(path).items()}
     prefix: LearnedPrefix = model.learned_prefix
-    check_state({TENSOR: prefix.flat()}, tensors, "prefix")
+    tensors = read_fitting(folder / ADAPTER, {TENSOR: prefix.flat()}, "prefix")
     model.learned_prefix = LearnedPrefix(tensors[TENSOR], prefix.shape).to(model.device)

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from checkpoints.files import write_json
 NO_CHAT = "this model has no chat template; prompt=chat needs an instruct model"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may use
 REPLACEMENT = "\ufffd"  # stands for bytes that are no UTF-8
+LONGEST_RENDERING = 10.0  # seconds of the processor; a chat takes less than a millisecond
+LARGEST_PRODUCT = 10**6  # characters or items
 
 
 def _byte_characters() -> dict[str, int]:
@@ -153,7 +157,7 @@ class HubTokenizer:
 
         It is not told the date: the same question must have the same prompt on every day.
         """
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
         environment.globals["raise_exception"] = _raise_exception
@@ -163,10 +167,11 @@ class HubTokenizer:
         said = [{"role": ("user", "assistant")[i % 2], "content": message}
                 for i, message in enumerate(messages)]
         try:
-            return self._template.render(
-                messages=said, tools=None, documents=None, add_generation_prompt=True,
-                **self._names)
-        except Exception as error:  # a template may do anything, such as divide by zero
+            with _time_limit():
+                return self._template.render(
+                    messages=said, tools=None, documents=None, add_generation_prompt=True,
+                    **self._names)
+        except (Exception, _TooSlow) as error:  # a template may do anything, such as divide by zero
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"the model's chat template fails: {reason}") from None
 
@@ -179,8 +184,9 @@ class HubTokenizer:
             yield rendered, False, True
             return
         tokens = [self._special[name][1] for name in special]
+        before = r"(?:(?<!\s)\s*)?"  # a search begins once in a white space, not at each character
         pattern = "|".join(
-            (r"\s*" if token.lstrip else "") + f"({re.escape(token.content)})"
+            (before if token.lstrip else "") + f"({re.escape(token.content)})"
             + (r"\s*" if token.rstrip else "") for token in tokens)
         end = 0
         for found in re.finditer(pattern, rendered):
@@ -199,6 +205,43 @@ class HubTokenizer:
         return _encode(tokenizer, text)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Run a template without access to Python; refuse products and powers of absurd size."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        first, second = (len(side) if isinstance(side, Sized) else side for side in (left, right))
+        grows = operator == "**" or isinstance(left, Sized) or isinstance(right, Sized)
+        if grows and abs(first * second) > LARGEST_PRODUCT:
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _TooSlow(BaseException):
+    """Ends a template; no Exception, because jinja ignores those that constants raise."""
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise `_TooSlow` in a template that runs for more than `LONGEST_RENDERING`.
+
+    Python calls `check` at each line of the template and at each call of a function.
+    """
+    end, tracer, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), count(1)
+
+    def check(frame: Any, event: str, argument: Any) -> Any:
+        if next(steps) % 100 == 0 and time.thread_time() > end:  # reading the clock takes time
+            raise _TooSlow(f"it runs for more than {LONGEST_RENDERING:g} seconds")
+        return check if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
 class _Generation(jinja2.ext.Extension):
     """The tag `{% generation %}`, which marks what a model said, leaves the text as it is."""
 
@@ -211,6 +254,7 @@ class _Generation(jinja2.ext.Extension):
 
 def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
     """Return a tokenizer of whole, unpadded, plain texts; `special` names more special tokens."""
+    _refuse_prefix(contents.get("model"))
     with _refusing_damage():
         tokenizer = Tokenizer.from_str(json.dumps(contents))
     added = tokenizer.get_added_tokens_decoder().values()
@@ -221,6 +265,13 @@ def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _refuse_prefix(model: Any) -> None:
+    """Refuse merges of prefixed parts: if one lacks its prefix, the library ends the process."""
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if prefix and model.get("merges"):
+        raise ValueError(f"tokenizer.json: continuing_subword_prefix={prefix!r:.80} must be null")
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -276,8 +327,8 @@ def _token_text(token: Any) -> str:
 def _default_template(template: Any) -> str:
     """Return a config's chat template; older ones list several by name."""
     if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
     return template if isinstance(template, str) else ""
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from checkpoints.files import packaged_file, read_json, write_json
+from checkpoints.files import packaged_file, read_json, read_text, write_json
 from checkpoints.gguf_format import gguf_path
 from checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from checkpoints.hub_format import CONFIG, find_file
@@ -188,7 +188,4 @@ def _read_parts(name_or_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]
     if Path(name_or_dir).is_dir() or not about.get("chat_template"):  # else do not ask the hub
         with suppress(OSError):  # most models have none; offline, the hub cannot say so
             path = find_file(name_or_dir, template)
-    try:
-        return tokenizer_json, about, path.read_text("utf-8") if path else ""
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
+    return tokenizer_json, about, read_text(path) if path else ""

@@ -18,6 +18,7 @@ from checkpoints.files import atomic_write, read_json, read_tensors, write_json,
 from checkpoints.hub_format import CONFIG, WEIGHTS
 from checkpoints.layouts import GPT2_SIZES
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
+from checkpoints.trainer_state import read_state, write_state
 from lora import adapt, lora_layers
 from model import GPT
 
@@ -216,7 +217,7 @@ def test_adapter_of_peft_loads(
         ({"lora_rank": 5}, "r=4, the model 5"),
         ({"lora_alpha": 7.0}, "lora_alpha=6.0, the model 7.0"),
         ({"lora_qkv": "shared"}, "rank_pattern={.*12}, the model {}"),
-        ({"lora_targets": LORA_TARGETS}, r"missing base_model.*h\.1\.mlp\.c_fc\.lora_A\.weight"),
+        ({"lora_targets": LORA_TARGETS}, r"missing base_model.*h\.0\.mlp\.c_fc\.lora_A\.weight"),
         ({"lora_rank": 0}, r"the model has no adapters \(lora_rank=0\)"),
     ],
 )
@@ -308,3 +309,11 @@ def test_files_have_the_mode_of_any_new_file(base: Path, tmp_path: Path, umask: 
         os.umask(before)
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "new").iterdir()}
     assert modes == dict.fromkeys((WEIGHTS, CONFIG), (tmp_path / "plain").stat().st_mode)
+
+
+def test_state_of_other_things_than_tensors_is_refused(tmp_path: Path) -> None:
+    write_state(tmp_path / "state.pt", {"sound": [torch.ones(2), 1, "a"]})
+    assert read_state(tmp_path / "state.pt")["sound"][1:] == [1, "a"]
+    write_state(tmp_path / "state.pt", {"odd": bytearray(3)})  # torch would make it of any size
+    with pytest.raises(ValueError, match="not a trainer's state: it names '__builtin__ bytearray'"):
+        read_state(tmp_path / "state.pt")

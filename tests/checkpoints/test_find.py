@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +173,25 @@ class Harmful:
         return os.mkdir, ("harmed",)
 
 
+class Large:
+    """What torch unpickles although it is no tensor."""
+
+    def __reduce__(self) -> Any:
+        return bytearray, (1000,)
+
+
 @pytest.mark.parametrize("content", [
     {"a": Harmful()}, Harmful(), [1], {"a": 1}, {1: torch.ones(2)},
-    {"a": torch.ones(1).expand(10**15)}, {"a": torch.eye(3).to_sparse()}],
-    ids=["code", "code alone", "a list", "a number", "no name", "a huge view", "sparse"])
+    {"a": torch.ones(1).expand(10**15)}, {"a": torch.eye(3).to_sparse()}, {"a": Large()},
+    {"a": torch.empty(3, device="meta")}],
+    ids=["code", "code alone", "a list", "a number", "no name", "a huge view", "sparse", "bytes",
+         "no data"])
+@pytest.mark.parametrize("new_format", [True, False])
 def test_pickle_that_holds_more_than_tensors_is_refused(
-    base: Path, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_format: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save(content, base / PICKLE)
+    torch.save(content, base / PICKLE, _use_new_zipfile_serialization=new_format)
     (base / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"{PICKLE} (is damaged|must hold plain tensors)") as error:
         GPT.from_pretrained(base)
@@ -195,6 +206,35 @@ def test_cut_pickle_is_refused(base: Path, size: int) -> None:
     (base / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"{PICKLE} is damaged"):
         GPT.from_pretrained(base)
+
+
+def test_compressed_pickle_is_refused_instead_of_mapped(base: Path) -> None:
+    torch.save(read_tensors(base / WEIGHTS), base / "plain.bin")
+    with zipfile.ZipFile(base / "plain.bin") as plain, zipfile.ZipFile(
+            base / PICKLE, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    (base / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{PICKLE} is damaged .*data.pkl' in it is compressed$"):
+        GPT.from_pretrained(base)
+
+
+def test_pickled_weights_are_read_once_for_their_shapes_and_once_for_their_numbers(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, read = [], pretrained.read_pickled
+
+    def count(path: Path) -> Any:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(pretrained, "read_pickled", count)
+    torch.save(read_tensors(base / WEIGHTS), base / PICKLE, _use_new_zipfile_serialization=False)
+    (base / WEIGHTS).unlink()
+    GPT.from_pretrained(base)
+    assert len(reads) == 2
+    GPT.from_pretrained(base)
+    assert len(reads) == 3
 
 
 # ---- the digest ----

@@ -232,6 +232,29 @@ def test_hostile_file_is_refused(tmp_path: Path, contents: bytes) -> None:
 def test_header_without_bound_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_format, "MOST_READS", 1000)
     refused(read_gguf_config, path, "header has more than 1,000 values")
+    numbers = string(b"a") + struct.pack("<IIQ", 9, 0, 1000) + bytes(1000)
+    path.write_bytes(header(0, 1, numbers))
+    refused(read_gguf_config, path, "header has more than 1,000 values")
+
+
+def test_list_of_numbers_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, get = [], gguf_format._Reader._get
+    monkeypatch.setattr(
+        gguf_format._Reader, "_get",
+        lambda *parts, **more: calls.append(parts) or get(*parts, **more))
+    path = tmp_path / "numbers.gguf"
+    numbers = b"".join(struct.pack("<i", number) for number in range(-500, 500))
+    path.write_bytes(header(0, 1, string(b"a") + struct.pack("<IIQ", 9, 5, 1000) + numbers))
+    types, value = gguf_format._read(path).fields["a"]
+    assert value == list(range(-500, 500))
+    assert types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+    assert len(calls) < 20
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.gguf"
+    path.write_bytes(header(0, 1, string(b"a") + struct.pack("<I", 8) + string(b"na\xefve")))
+    refused(read_gguf_config, path, "damaged: 'utf-8' codec can't decode byte 0xef")
 
 
 @pytest.mark.filterwarnings("error")
@@ -256,6 +279,7 @@ def test_cut_or_changed_file_is_refused_or_read_but_never_breaks(path: Path) -> 
 
 def test_reader_is_kept_until_the_file_changes(path: Path, model: LlamaForCausalLM) -> None:
     first = gguf_format._read(path)
+    assert first.fields["llama.block_count"][1] == 2  # numbers and texts, no parts of a reader
     assert gguf_format._read(path) is first
     write_gguf(path, model, Kind.Q8_0)
     assert gguf_format._read(path) is not first

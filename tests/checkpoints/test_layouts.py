@@ -23,7 +23,7 @@ HEAD, TOKENS, QUERY = "lm_head.weight", "model.embed_tokens.weight", "self_attn.
 SCALED = {name: value for name, value in ROPE.items() if name != "rope_theta"}
 LENGTH = ROPE_SCALING[-1]
 # As they stand in a JSON file; HERE is replaced by the text.
-NO_SIZES = ["1e9", "2.5", "2.0", "Infinity", "NaN", "true", '"2"', "0", "-1", "1000001",
+NO_SIZES = ["1e9", "2.5", "2.0", "Infinity", "NaN", "true", '"2"', "0", "-1", "16777217",
             "9" * 400, "[2]", "{}"]
 NO_NUMBERS = ["1e999", "-Infinity", "NaN", "true", "0", "-0.0", "-1e-5", '"1e-5"', "[1]", "{}"]
 
@@ -104,19 +104,33 @@ def greatest_difference(folder: Path) -> float:
 # ---- sizes ----
 
 
+def most(field: str) -> str:
+    return "16,777,216" if field == "max_position_embeddings" else "1,000,000"
+
+
 @pytest.mark.parametrize("field", [*LLAMA_SIZES, "num_key_value_heads", "head_dim"])
 @pytest.mark.parametrize("text", NO_SIZES)
 def test_sizes_are_whole_numbers_in_range(
     llama: Path, refused: Callable, field: str, text: str
 ) -> None:
     set_text(llama, text, field)
-    refused(llama, f"base: config.json needs a whole number from 1 to 1,000,000 as {field}, not ")
+    refused(llama, f"base: config.json needs a whole number from 1 to {most(field)} as {field}, ")
 
 
 @pytest.mark.parametrize("field", LLAMA_SIZES)
 def test_missing_sizes_are_refused(each: Path, refused: Callable, field: str) -> None:
     change_config(each, **{field: None})
-    refused(each, f"1,000,000 as {field}, not None$")
+    refused(each, f"from 1 to {most(field)} as {field}, not None$")
+
+
+@pytest.mark.parametrize("positions", [131_072, 1_010_000, 1_048_576, 10_485_760, 2**24])
+def test_long_context_loads_and_takes_no_memory(llama: Path, positions: int) -> None:
+    change_config(llama, max_position_embeddings=positions)
+    model = load_decoder(llama).eval()
+    assert model.config.block_size == positions
+    new = model.generate(ids(1, 3), 5, temperature=0)
+    assert new.size(1) <= 8
+    assert greatest_difference(llama) < 1e-4
 
 
 @pytest.mark.parametrize("field", [

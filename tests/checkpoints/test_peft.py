@@ -9,6 +9,7 @@ from made_checkpoints import IDX, close, equal, make_adapted
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
+from checkpoints import files
 from checkpoints.files import read_json, read_tensors, write_json, write_tensors
 from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, PEFT_EXTRAS, load_adapter, save_adapter
 from lora import adapt
@@ -168,3 +169,13 @@ def test_adapters_of_different_settings_are_not_saved_as_one(base: Path, tmp_pat
         with pytest.raises(ValueError, match="the adapters of the model differ in rank or alpha"):
             save_adapter(model, tmp_path, "base")
     assert list(tmp_path.iterdir()) == [base]
+
+
+def test_adapter_of_other_tensors_is_refused_in_one_short_line_before_it_is_read(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tensors(adapter / ADAPTER, {f"a\n{i}": torch.ones(1) for i in range(1000)})
+    monkeypatch.setattr(files, "load_file", None)
+    with pytest.raises(ValueError, match=r"^adapter does not fit the model: .* \.\.\.$") as refusal:
+        load_adapter(make_adapted(base), adapter)
+    assert len(str(refusal.value)) < 400

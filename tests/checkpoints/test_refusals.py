@@ -1,6 +1,7 @@
 """A checkpoint that is not a sound GPT-2 ends in one line, before its model is built."""
 
 import json
+import os
 import re
 import struct
 import time
@@ -56,6 +57,16 @@ def test_epsilon_is_a_small_number(base: Path, value: str) -> None:
 def test_json_that_exhausts_the_parser_is_refused(base: Path, text: str) -> None:
     (base / CONFIG).write_text(text)
     refused(base, "base/config.json is not JSON: ")
+
+
+def test_text_without_bound_is_not_read(base: Path) -> None:
+    os.truncate(base / CONFIG, 10**8)
+    refused(base, "base/config.json has 100,000,000 bytes; at most 67,108,864 are read$")
+
+
+def test_json_that_is_not_utf_8_is_refused(base: Path) -> None:
+    (base / CONFIG).write_bytes(b'{"n_layer": "\xff"}')
+    refused(base, "base/config.json is not UTF-8$")
 
 
 def test_layers_are_compared_before_the_model_is_built(base: Path) -> None:

@@ -1,6 +1,8 @@
 """A checkpoint's own tokenizer gives the ids that transformers gives."""
 
 import json
+import sys
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from checkpoints.files import packaged_file
 from checkpoints.gguf_format import gguf_path
+from models import hub_tokenizer
 from models.hub_tokenizer import BYTE_OF, HubTokenizer
 from models.tokenizer import get_tokenizer, load_tokenizer
 from tasks.sources import read_records
@@ -167,12 +170,41 @@ def test_template_that_fails_is_refused_in_one_line() -> None:
     for template, reason in (
         ("{{ raise_exception('only\nfor dogs') }}", "only for dogs"), ("{% if %}", "Expected"),
         ("{{ 1 / 0 }}", "division by zero"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"), ("{{ 9 ** (9 ** 9) }}", "too large"),
+        ("{{ ' ' * 10 ** 10 }}", "too large"), ("{{ [1] * 10 ** 10 }}", "too large"),
     ):
         broken = HubTokenizer(byte_level(), CONFIG, template)
         with pytest.raises(ValueError, match=f"chat template fails: .*{reason}") as caught:
             broken.encode_chat("hello")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "{{ [1] | slice(10 ** 9) | list }}", "{{ lipsum(n=10 ** 7) }}",
+    "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ twice(40) }}"], ids=["loops", "a constant", "a function", "a macro"])
+def test_template_without_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_tokenizer, "LONGEST_RENDERING", 0.1)
+    endless, tracer = HubTokenizer(byte_level(), CONFIG, template), sys.gettrace()
+    with pytest.raises(ValueError, match=r"template fails: it runs for more than 0\.1 seconds$"):
+        endless.encode_chat("hello")
+    assert sys.gettrace() is tracer
+
+
+def test_templates_may_multiply() -> None:
+    template = "{{ 3000 * 4000 }} {{ '-' * 3 }} {{ 2 ** 10 }} {{ 1.5 * 2 }}"
+    found = HubTokenizer(byte_level(), CONFIG, template)
+    assert found.decode(found.encode_chat("")) == "12000000 --- 1024 3.0"
+
+
+def test_long_white_space_before_a_special_token_takes_no_time() -> None:
+    contents, spaces = byte_level(), " " * 50_000
+    contents["added_tokens"][2] |= {"lstrip": True}
+    found, started = HubTokenizer(contents, CONFIG), time.perf_counter()
+    ids = found.encode_chat(f"a{spaces}b{spaces}")  # the template puts <|im_end|> after it
+    assert time.perf_counter() - started < 5
+    assert f"a{spaces}b<|im_end|>" in found.decode(ids)
 
 
 def test_base_models_have_no_chat() -> None:
@@ -184,7 +216,8 @@ def test_base_models_have_no_chat() -> None:
 
 
 def test_the_template_called_default_is_used() -> None:
-    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "hello"}]
+    named = [{"name": ["odd"]}, {"name": "tools", "template": "no"},
+             {"name": "default", "template": "hello"}]
     tokenizer = HubTokenizer(byte_level(), CONFIG | {"chat_template": named})
     assert tokenizer.decode(tokenizer.encode_chat("")) == "hello"
 
@@ -230,6 +263,8 @@ def test_sentence_piece_cut_in_half_is_dropped() -> None:
     ({}, CONFIG, "tokenizer.json is damaged"),
     (byte_level() | {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, CONFIG,
      "tokenizer.json is damaged"),
+    (byte_level() | {"model": byte_level()["model"] | {"continuing_subword_prefix": "x"}}, CONFIG,
+     "tokenizer.json: continuing_subword_prefix='x' must be null"),
     (byte_level(), {}, "must name an eos_token of the vocabulary, not None"),
     (byte_level(), {"eos_token": "</s>"}, "an eos_token of the vocabulary, not '</s>'"),
     (byte_level(), {"eos_token": {"content": 3}}, "must name an eos_token"),
