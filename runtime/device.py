@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+OWN_MAP = 64 * 2**20
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # the second is torch's
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -179,15 +181,18 @@ def explain_out_of_memory() -> Iterator[None]:
 
 
 def set_up_memory() -> None:
-    """Make glibc reuse large freed blocks, and limit oneDNN's kernel cache.
+    """Make glibc reuse freed blocks, and limit torch's caches of kernels.
 
-    By default glibc maps such blocks anew at each step (mallopt(3)); on a CPU the page faults cost
-    a third of a small model's step. oneDNN caches kernels for 1,024 shapes; as each batch brings
-    new shapes, they would take more memory than the activations.
+    By default glibc maps large blocks anew at each step (mallopt(3)); on a CPU the page faults cost
+    a third of a small model's step. Only blocks of `OWN_MAP` bytes, which are few, are still mapped
+    on their own: among smaller ones they would leave holes, and full fine-tuning took three times
+    the memory. torch and oneDNN cache kernels for 1,024 shapes each; as each batch brings new
+    shapes, they would take more memory than the activations.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
+    for variable in KERNEL_CACHES:  # read at the first product
+        os.environ.setdefault(variable, "64")
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        for parameter, value in ((M_MMAP_THRESHOLD, OWN_MAP), (M_TRIM_THRESHOLD, 2**31 - 1)):
             if mallopt:
-                mallopt(parameter, 2**31 - 1)
+                mallopt(parameter, value)
