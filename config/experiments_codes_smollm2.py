@@ -16,6 +16,7 @@ gradient_accumulation_steps = 2
 max_iters = 96
 learning_rate = 5e-4
 full_learning_rate = 1e-4
+full_dropout = 0.0  # dropout on the shared prompt takes its largest features away at times
 warmup_iters = 4
 decay_lr = True
 min_lr = 5e-5

@@ -21,6 +21,7 @@ from methods.prefix_tuning import add_prefix, load_prefix, save_prefix
 from model import MAX_RANK, Decoder, GPTConfig
 from models.families import load_decoder
 from models.tokenizer import Tokenizer, get_tokenizer
+from runtime.device import autocast
 
 MethodName = Literal["lora", "full", "bitfit", "bottleneck", "prefix"]
 Qkv = Literal["split", "shared"]
@@ -100,7 +101,8 @@ def build_model(
         case "bottleneck":
             add_bottlenecks(model, config.bottleneck_size, config.bottleneck_norms)
         case "prefix":
-            add_prefix(model, config.prefix_tokens, config.prefix_projection)
+            with autocast(model.device, dtype):  # what it starts at passes the frozen projections
+                add_prefix(model, config.prefix_tokens, config.prefix_projection)
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
     return model.to(device)

@@ -19,6 +19,7 @@ from checkpoints.peft_format import ADAPTER, ADAPTER_CONFIG, load_adapter
 from methods.build import MethodConfig, build_model, load_checkpoint, save_checkpoint
 from model import IGNORE, Decoder
 from models.tokenizer import get_tokenizer
+from runtime.device import autocast
 from runtime.kv_cache import SharedPrefix
 from runtime.optimizer import OptimizerConfig, configure_optimizer, set_learning_rate
 
@@ -124,6 +125,23 @@ def test_bottlenecks_have_the_gradients_of_the_formula_in_transformers(
     reference(idx, labels=labels).loss.backward()
     expected = {name: p.grad for name, p in trained(model).items() if "bottleneck" in name}
     close(found, expected | {name: p.grad for name, p in theirs.items()})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_computes_in_16_bits(family: Family, method: str) -> None:
+    if method == "bitfit" and family.name == "llama":
+        pytest.skip("it has no biases")
+    idx, targets, _ = batch()
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        model = build_model(family.folder, settings(family, method), CPU, dtype)
+        assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}
+        with autocast(CPU, dtype):
+            losses.append(model(idx, targets)[1])
+        losses[-1].backward()
+        assert all(tensor.grad.isfinite().all() for tensor in trained(model).values())
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
 
 
 def test_bottlenecks_start_near_the_identity(family: Family) -> None:
