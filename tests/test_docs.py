@@ -60,6 +60,12 @@ def commands(text: str) -> list[tuple[str, str]]:
             for start, arguments in COMMAND.findall(text)]
 
 
+def test_docs_name_no_folder_of_one_machine() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"/(home|root|work|Users)/", path.read_text("utf-8")), path
+
+
+
 def notebook_commands() -> list[tuple[str, str]]:
     """The notebook's commands, with the values of its parameter cell filled in."""
     cells = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
