@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # of queries
+MOST_WEIGHTS = 2**23  # of attention at once, where products are faster than torch's kernel
 
 
 def attend(
@@ -37,15 +38,35 @@ def attend(
         mask = torch.ones(1, 1, shape[2], shape[2], dtype=torch.bool, device=q.device).tril()
     if shared > 1:  # stand the queries of one key below each other: no key is copied
         q, mask = q.unflatten(1, (-1, shared)).flatten(2, 3), mask.repeat(1, 1, shared, 1)
-    # For short rows the attention weights take less memory than copies of the prefix; for one
-    # token of each row, products are faster.
-    longest = 2 * q.size(3) - 1 if prefix else shared
-    if q.device.type == "cpu" and q.size(2) <= longest:
-        return _attend_in_parts(q, k, v, prefix, mask, dropout).reshape(shape)
+    return _attend_masked(q, k, v, prefix, mask, dropout, shared).reshape(shape)
+
+
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor,
+    dropout: float, shared: int,
+) -> Tensor:
+    """Attend as `attend` does; `shared` queries of one token stand below each other."""
+    if q.device.type == "cpu":
+        if prefix and not (dropout or torch.is_grad_enabled()) and q.dtype == torch.float32:
+            return _attend_and_merge(q, k, v, prefix, mask)
+        if _products_are_faster(q, k, prefix, shared):
+            return _attend_in_parts(q, k, v, prefix, mask, dropout)
     if prefix:
         k, v = _behind(prefix, k, v)
         mask = F.pad(mask, (prefix[0].size(2), 0), value=True)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(shape)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
+def _products_are_faster(
+    q: Tensor, k: Tensor, prefix: tuple[Tensor, Tensor] | None, shared: int
+) -> bool:
+    """Tell whether products beat torch's kernel: for one token of each row they do."""
+    if not prefix:
+        return q.size(2) <= shared
+    weights = q.size(0) * q.size(1) * q.size(2) * (prefix[0].size(2) + k.size(2))
+    if not torch.is_grad_enabled() and weights <= MOST_WEIGHTS:
+        return True
+    return q.size(2) < 2 * q.size(3)  # the weights take less memory than copies of the prefix
 
 
 def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -117,6 +138,24 @@ def _block_weights(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
+def _attend_and_merge(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor
+) -> Tensor:
+    """Attend to the prefix and to the own keys with torch's kernel, and weigh the two outputs.
+
+    The queries of all rows see the prefix as one row. A part's share of the softmax follows from
+    the logarithms of the two sums of exponentials, which the kernel returns; they have no gradient.
+    """
+    (B, H, T, D), kernel = q.shape, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    prefix_k, prefix_v = (x.to(k.dtype) for x in prefix)  # (1, H, P, D)
+    on_prefix, prefix_sum = kernel(
+        q.transpose(0, 1).reshape(1, H, B * T, D), prefix_k, prefix_v)  # and (1, H, B·T)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    own, own_sum = kernel(q, k, v, attn_mask=bias)  # (B, H, T, D), (B, H, T)
+    share = (prefix_sum.view(H, B, T).transpose(0, 1) - own_sum).sigmoid()
+    return own.lerp(on_prefix.view(H, B, T, D).transpose(0, 1), share[..., None])
+
+
 def _attend_in_parts(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor,
     dropout: float = 0.0,
@@ -134,7 +173,8 @@ def _attend_in_parts(
             q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
         to_prefix = to_prefix.view(H, B, T, -1).transpose(0, 1).flatten(0, 1)  # (B·H, T, P)
         scores = torch.cat((to_prefix, scores), dim=-1)
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
+    kept = torch.float32 if torch.is_grad_enabled() else q.dtype  # for the backward pass
+    weights = F.dropout(scores.softmax(dim=-1, dtype=kept).to(q.dtype), dropout)
     y = torch.bmm(weights[:, :, weights.size(2) - S :], own_v).view(B, H, T, D)
     if prefix:
         on_prefix = weights[:, :, : weights.size(2) - S].view(B, H, T, -1).transpose(0, 1)

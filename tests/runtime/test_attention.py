@@ -45,6 +45,28 @@ def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
     close(found, expected)
 
 
+@pytest.mark.parametrize("most", [2**23, 0], ids=["in parts", "fused"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("heads", [2, 6])  # of queries, for 2 of keys
+@pytest.mark.parametrize(("mask", "given"), [(CAUSAL, None), (PADDED, PADDED)],
+                         ids=["causal by default", "padded"])
+def test_attention_without_gradients_equals_its_formula(
+    mask: Tensor, given: Tensor | None, heads: int, dtype: torch.dtype, tolerance: float,
+    most: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "MOST_WEIGHTS", most)
+    tokens, keys = mask.shape[2:]
+    q, k, v = (torch.randn(3, n, size, 8).to(dtype)
+               for n, size in ((heads, tokens), (2, keys), (2, keys)))
+    prefix = [torch.randn(1, 2, 7, 8).to(dtype) for _ in range(2)]
+    with torch.no_grad():
+        found = attend(q, k, v, (prefix[0], prefix[1]), given)
+    rest = (x.double().repeat_interleave(heads // 2, dim=1) for x in (k, v, *prefix))
+    expected = joint_attention(q.double(), *rest, mask)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])
 def test_attention_dropout_keeps_the_mean(width: int) -> None:
     q, k, v = (torch.randn(400, 2, 3, width) for _ in range(3))
