@@ -1,5 +1,6 @@
 """The tokenizer that a checkpoint of the hub brings with it, and its chat template."""
 
+import gc
 import hashlib
 import json
 import re
@@ -226,8 +227,10 @@ class _TooSlow(BaseException):
 def _time_limit() -> Iterator[None]:
     """Raise `_TooSlow` in a template that runs for more than `LONGEST_RENDERING`.
 
-    Python calls `check` at each line of the template and at each call of a function.
+    Python calls `check` at each line of the template and at each call of a function. No garbage is
+    collected meanwhile: an exception in a finalizer would be ignored, and end the tracing.
     """
+    collects = gc.isenabled()
     end, tracer, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), count(1)
 
     def check(frame: Any, event: str, argument: Any) -> Any:
@@ -235,11 +238,14 @@ def _time_limit() -> Iterator[None]:
             raise _TooSlow(f"it runs for more than {LONGEST_RENDERING:g} seconds")
         return check if frame.f_code.co_filename == "<template>" else None
 
+    gc.disable()
     sys.settrace(check)
     try:
         yield
     finally:
         sys.settrace(tracer)
+        if collects:
+            gc.enable()
 
 
 class _Generation(jinja2.ext.Extension):
