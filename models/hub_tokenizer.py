@@ -1,30 +1,22 @@
-"""The tokenizer that a checkpoint of the hub brings with it, and its chat template."""
+"""The tokenizer that a checkpoint of the hub brings with it."""
 
-import gc
 import hashlib
 import json
 import re
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import count, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from checkpoints.files import write_json
+from models.chat_template import render
 
 NO_CHAT = "this model has no chat template; prompt=chat needs an instruct model"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may use
 REPLACEMENT = "\ufffd"  # stands for bytes that are no UTF-8
-LONGEST_RENDERING = 10.0  # seconds of the processor; a chat takes less than a millisecond
-LARGEST_PRODUCT = 10**6  # characters or items
 
 
 def _byte_characters() -> dict[str, int]:
@@ -124,7 +116,7 @@ class HubTokenizer:
             raise ValueError(NO_CHAT)
         special = sorted(self._special, key=len, reverse=True)
         hidden, restored = _hide(messages, special)
-        parts = self._split(self._render(hidden), special)
+        parts = self._split(render(self._chat_template, hidden, self._names), special)
         return [i for part in parts for i in self._encode_part(part, restored)]
 
     def save_pretrained(self, folder: Path, max_length: int) -> None:
@@ -151,30 +143,6 @@ class HubTokenizer:
         if i not in self._added and BYTE_OF.keys() >= set(token):
             return bytes(map(BYTE_OF.__getitem__, token))
         return token.encode()
-
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        """The chat template, compiled with the settings and functions that templates rely on.
-
-        It is not told the date: the same question must have the same prompt on every day.
-        """
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
-        environment.globals["raise_exception"] = _raise_exception
-        return environment.from_string(self._chat_template)
-
-    def _render(self, messages: Sequence[str]) -> str:
-        said = [{"role": ("user", "assistant")[i % 2], "content": message}
-                for i, message in enumerate(messages)]
-        try:
-            with _time_limit():
-                return self._template.render(
-                    messages=said, tools=None, documents=None, add_generation_prompt=True,
-                    **self._names)
-        except (Exception, _TooSlow) as error:  # a template may do anything, such as divide by zero
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"the model's chat template fails: {reason}") from None
 
     def _split(self, rendered: str, special: list[str]) -> Iterator[tuple[str, bool, bool]]:
         """Yield the parts of a chat: text, whether it is a special token, whether it is the first.
@@ -204,58 +172,6 @@ class HubTokenizer:
             text = text.replace(mark, name)
         tokenizer = self._plain if is_first or not self._first_only else self._continuing
         return _encode(tokenizer, text)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Run a template without access to Python; refuse products and powers of absurd size."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        first, second = (len(side) if isinstance(side, Sized) else side for side in (left, right))
-        grows = operator == "**" or isinstance(left, Sized) or isinstance(right, Sized)
-        if grows and abs(first * second) > LARGEST_PRODUCT:
-            raise OverflowError(f"the result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-class _TooSlow(BaseException):
-    """Ends a template; no Exception, because jinja ignores those that constants raise."""
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise `_TooSlow` in a template that runs for more than `LONGEST_RENDERING`.
-
-    Python calls `check` at each line of the template and at each call of a function. No garbage is
-    collected meanwhile: an exception in a finalizer would be ignored, and end the tracing.
-    """
-    collects = gc.isenabled()
-    end, tracer, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), count(1)
-
-    def check(frame: Any, event: str, argument: Any) -> Any:
-        if next(steps) % 100 == 0 and time.thread_time() > end:  # reading the clock takes time
-            raise _TooSlow(f"it runs for more than {LONGEST_RENDERING:g} seconds")
-        return check if frame.f_code.co_filename == "<template>" else None
-
-    gc.disable()
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(tracer)
-        if collects:
-            gc.enable()
-
-
-class _Generation(jinja2.ext.Extension):
-    """The tag `{% generation %}`, which marks what a model said, leaves the text as it is."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _build(contents: dict[str, Any], special: Iterable[str]) -> Tokenizer:
@@ -351,11 +267,3 @@ def _hide(messages: Sequence[str], special: list[str]) -> tuple[list[str], dict[
     pattern = "|".join(map(re.escape, marks))  # the longest name first
     hidden = [re.sub(pattern, lambda found: marks[found[0]], said) for said in messages]
     return hidden, {mark: name for name, mark in marks.items()}
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

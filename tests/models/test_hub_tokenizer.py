@@ -26,7 +26,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from checkpoints.files import packaged_file
 from checkpoints.gguf_format import gguf_path
-from models import hub_tokenizer
+from models import chat_template
 from models.hub_tokenizer import BYTE_OF, HubTokenizer
 from models.tokenizer import get_tokenizer, load_tokenizer
 from tasks.sources import read_records
@@ -186,7 +186,7 @@ def test_template_that_fails_is_refused_in_one_line() -> None:
     "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}"
     "{{ twice(40) }}"], ids=["loops", "a constant", "a function", "a macro"])
 def test_template_without_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_tokenizer, "LONGEST_RENDERING", 0.1)
+    monkeypatch.setattr(chat_template, "LONGEST_RENDERING", 0.1)
     endless, tracer = HubTokenizer(byte_level(), CONFIG, template), sys.gettrace()
     with pytest.raises(ValueError, match=r"template fails: it runs for more than 0\.1 seconds$"):
         endless.encode_chat("hello")
@@ -195,9 +195,11 @@ def test_template_without_end_is_refused(template: str, monkeypatch: pytest.Monk
 
 
 def test_no_finalizer_interferes_with_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_tokenizer, "_raise_exception", gc.isenabled)
+    monkeypatch.setattr(chat_template, "_raise_exception", gc.isenabled)
+    chat_template._compile.cache_clear()
     asks = HubTokenizer(byte_level(), CONFIG, "{{ raise_exception() }}")
     assert asks.decode(asks.encode_chat("hello")) == "False"
+    chat_template._compile.cache_clear()
     assert gc.isenabled()
 
 
