@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,13 @@ def trainer(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> DPOTrainer
     """trl's trainer with an adapter whose B is not zero."""
     rows = [{"prompt": f"film {i} is", "chosen": " witty" * (1 + i % 3), "rejected": " dull" * i}
             for i in range(1, 5)]
+    checkpointing = {name: False for name in ("activation_checkpointing", "gradient_checkpointing")
+                     if name in signature(DPOConfig).parameters}  # trl renamed it
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(llama),
         args=DPOConfig(
             str(tmp_path_factory.mktemp("trl")), per_device_train_batch_size=4, beta=0.3,
-            use_cpu=True, bf16=False, report_to=[],
-            activation_checkpointing=False, dataloader_pin_memory=False),
+            use_cpu=True, bf16=False, report_to=[], dataloader_pin_memory=False, **checkpointing),
         train_dataset=Dataset.from_list(rows), processing_class=PreTrainedTokenizerFast(
             tokenizer_file=str(llama / "tokenizer.json"), eos_token="<|im_end|>",
             pad_token="<|im_end|>"),
