@@ -62,10 +62,7 @@ class Header(NamedTuple):
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader, which neither reads past the end of a file nor allocates without bound.
-
-    It makes plain arrays, which take less time and memory than NumPy's mapped ones.
-    """
+    """gguf's reader, which neither reads past the end of a file nor allocates without bound."""
 
     reads = 0
 
@@ -76,7 +73,7 @@ class _Reader(gguf.GGUFReader):
             raise ValueError(f"it ends after {len(self.data):,} bytes, but needs {end:,}")
         if self.reads > MOST_READS:
             raise ValueError(f"its header has more than {MOST_READS:,} values")
-        if isinstance(self.data, np.memmap):
+        if isinstance(self.data, np.memmap):  # slices of a plain array take less time and memory
             self.data = np.asarray(self.data)
         return super()._get(int(offset), dtype, count, override_order)
 
@@ -188,8 +185,7 @@ class GGUFFields:
         return self.needed(name, {gguf.GGUFValueType.STRING}, default)
 
     def texts(self, name: str) -> list[str]:
-        kinds = {gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING}
-        value = self.needed(name, kinds)
+        value = self.needed(name, {gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING})
         if not isinstance(value, list):
             raise ValueError(f"{self.path}: {name} has the wrong type")
         return value
@@ -210,8 +206,7 @@ class GGUFFields:
 
     def _refuse_scaled_rope(self) -> None:
         kind = self.text(f"{self.architecture}.rope.scaling.type", "none")
-        linear = self.decimal("rope.scale_linear", 1.0)
-        if kind != "none" or linear != 1:
+        if kind != "none" or self.decimal("rope.scale_linear", 1.0) != 1:
             raise ValueError(f"{self.path}: {self.architecture}.rope.scaling.type={kind!r:.80} must"
                              " be 'none'; load the model from the hub's layout instead")
 

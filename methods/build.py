@@ -101,7 +101,7 @@ def build_model(
         case "bottleneck":
             add_bottlenecks(model, config.bottleneck_size, config.bottleneck_norms)
         case "prefix":
-            with autocast(model.device, dtype):  # what it starts at passes the frozen projections
+            with autocast(model.device, dtype):  # frozen projections compute the start
                 add_prefix(model, config.prefix_tokens, config.prefix_projection)
     if config.gradient_checkpointing:
         checkpoint_gradients(model)

@@ -38,7 +38,7 @@ def render(template: str, messages: Sequence[str], names: Mapping[str, str]) -> 
 def _compile(template: str) -> jinja2.Template:
     """Compile a template with the settings and functions that templates rely on.
 
-    It is not told the date: the same question must have the same prompt on every day.
+    Templates get no date: the same question must have the same prompt on every day.
     """
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
@@ -61,7 +61,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _TooSlow(BaseException):
-    """Ends a template; no Exception, because jinja ignores those that constants raise."""
+    """Ends a rendering; no Exception, because jinja ignores those that constants raise."""
 
 
 @contextmanager
