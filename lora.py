@@ -42,8 +42,7 @@ class LoRALinear(nn.Linear):
         self.lora_rank_stabilized = lora_rank_stabilized
         self.lora_scaling = lora_alpha / (lora_rank**0.5 if lora_rank_stabilized else lora_rank)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        # A buffer follows the module across devices; not persistent, so checkpoints omit it.
-        self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.register_buffer("_unmerged_weight", None, persistent=False)  # moves with the layer
         like = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(lora_groups * lora_rank, in_features, **like), False)
         self.lora_B = nn.Parameter(torch.empty(out_features, lora_rank, **like), False)
@@ -98,10 +97,13 @@ class LoRALinear(nn.Linear):
             return h
         dtype = self.lora_A.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         lora_A, lora_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        down = self.product(self.lora_dropout(x), lora_A) * self.lora_scaling  # (..., G·r)
+        down = self.dropped_product(x, lora_A) * self.lora_scaling  # (..., G·r)
         pairs = zip(down.chunk(self.lora_groups, -1), lora_B.chunk(self.lora_groups), strict=True)
         ups = [self.product(part, matrix) for part, matrix in pairs]  # G of (..., out/G)
         return h + (torch.cat(ups, dim=-1) if len(ups) > 1 else ups[0])
+
+    def dropped_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product(self.lora_dropout(x), weight)
 
     def train(self, mode: bool = True) -> "LoRALinear":
         super().train(mode)
@@ -131,10 +133,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def _merge(self) -> None:
         if self.is_lora() and not self.has_weights_merged and not self._times_off:
-            # Subtracting the update would leave a rounding error; the copy restores every bit.
-            self._unmerged_weight = self.weight.detach().clone()
-            self.weight.copy_(self.merged_weight())
-            self.has_weights_merged = True
+            self._unmerged_weight, self.has_weights_merged = self.weight.detach().clone(), True
+            self.weight.copy_(self.merged_weight())  # subtracting it again would round: W0 is kept
 
     @torch.no_grad()
     def _demerge(self) -> None:

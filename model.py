@@ -22,7 +22,7 @@ from lora import LoRALinear, is_lora_name, lora_layers
 from runtime.attention import attend
 from runtime.batching import Queue, Step, pad
 from runtime.device import shapes_only
-from runtime.kernels import at_positions, choose_token, cross_entropies, linear
+from runtime.kernels import at_positions, choose_token, cross_entropies, dropout_linear, linear
 from runtime.kv_cache import Cache, KeyValue, Prefix, View, join_prefixes, prefix_length
 
 IGNORE = -100  # target of a position that is not supervised
@@ -31,6 +31,9 @@ MAX_RANK = 10_000  # more than any projection has features
 
 class Projection(LoRALinear):
     product = staticmethod(linear)
+
+    def dropped_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return dropout_linear(x, weight, self.lora_dropout.p if self.training else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +233,7 @@ class Decoder(nn.Module):
         # Each row's supervised positions in order; rows with fewer are filled with other positions.
         most = int(supervised.sum(dim=1).max())
         at = supervised.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, W)
-        x, _ = self._run_blocks(idx, self._before(idx, past), at)
-        return x[supervised.gather(1, at)]
+        return self._run_blocks(idx, self._before(idx, past), at)[0][supervised.gather(1, at)]
 
     def prefill(self, idx: Tensor) -> Prefix:
         """Return, to use as `past`, a learned prefix and then `idx` (1, P), differentiable."""

@@ -106,7 +106,7 @@ def train_step(
     total = sum(batch.weight for batch in batches)
     measures = torch.zeros(len(batches), len(batches[0].measures), device=model.device)
     with autocast(model.device, dtype):
-        prefix = SharedPrefix(model.prefill(batches[0].prefix.to(model.device)))
+        prefix = SharedPrefix(model.prefill, batches[0].prefix.to(model.device))
     for i in own_share(range(len(batches))):
         with autocast(model.device, dtype):
             batch = batches[i].to(model.device)

@@ -121,7 +121,7 @@ def run_step(model: Decoder, shape: BatchShape, dtype: torch.dtype) -> None:
     rows = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)  # (B, T)
     at = torch.zeros(shape.rows, shape.supervised, dtype=torch.long)  # (B, W)
     with autocast(rows.device, dtype):
-        prefix = SharedPrefix(model.prefill(rows.new_zeros(1, shape.prefix)))
+        prefix = SharedPrefix(model.prefill, rows.new_zeros(1, shape.prefix))
         x, _ = model._run_blocks(rows, prefix.past, at)
     nats = cross_entropies(x.flatten(0, 1).to(model.head.dtype), model.head, at.flatten())
     nats.mean().backward()

@@ -46,7 +46,7 @@ class HubTokenizer:
     def __init__(
         self, tokenizer_json: dict[str, Any], config: dict[str, Any], chat_template: str = ""
     ) -> None:
-        self._contents, self._config = tokenizer_json, config
+        self._contents, self._config = json.dumps(tokenizer_json), config  # much less as text
         self._names = {key: name for key in NAMED if (name := _token_text(config.get(key)))}
         self._plain = _build(tokenizer_json, self._names.values())
         unprefixed = _without_prefix(tokenizer_json)
@@ -98,7 +98,8 @@ class HubTokenizer:
     @property
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of all that decides the ids of a prompt, as a fact of a run."""
-        parts = json.dumps([self._contents, self._names, self._chat_template])
+        others = json.dumps([self._names, self._chat_template])
+        parts = f"[{self._contents}, {others[1:]}"
         return {"tokenizer_sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
     @property
@@ -129,7 +130,7 @@ class HubTokenizer:
             "clean_up_tokenization_spaces": False}
         if self.has_chat:
             config["chat_template"] = self._chat_template
-        write_json(folder / "tokenizer.json", self._contents)
+        write_json(folder / "tokenizer.json", json.loads(self._contents))
         write_json(folder / "tokenizer_config.json", config)
 
     def _find_start(self) -> tuple[int, ...]:

@@ -47,14 +47,20 @@ def _attend_masked(
 ) -> Tensor:
     """Attend as `attend` does; `shared` queries of one token stand below each other."""
     if q.device.type == "cpu":
-        if prefix and not (dropout or torch.is_grad_enabled()) and q.dtype == torch.float32:
-            return _attend_and_merge(q, k, v, prefix, mask)
+        if prefix and not dropout and _parts_can_be_merged(q):
+            return _MergedAttention.apply(q, k, v, mask, *(x.to(k.dtype) for x in prefix))
         if _products_are_faster(q, k, prefix, shared):
             return _attend_in_parts(q, k, v, prefix, mask, dropout)
     if prefix:
         k, v = _behind(prefix, k, v)
         mask = F.pad(mask, (prefix[0].size(2), 0), value=True)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
+def _parts_can_be_merged(q: Tensor) -> bool:
+    """Tell whether torch's kernel serves prefix and own keys one by one: best in float32."""
+    traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
+    return q.dtype == torch.float32 and not traced
 
 
 def _products_are_faster(
@@ -138,22 +144,51 @@ def _block_weights(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def _attend_and_merge(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor
-) -> Tensor:
+class _MergedAttention(torch.autograd.Function):
     """Attend to the prefix and to the own keys with torch's kernel, and weigh the two outputs.
 
     The queries of all rows see the prefix as one row. A part's share of the softmax follows from
-    the logarithms of the two sums of exponentials, which the kernel returns; they have no gradient.
+    the logarithms of the two sums of exponentials, which the kernel returns. Given the merged
+    output and sum, the kernel's backward pass computes each part's share of the gradient.
     """
-    (B, H, T, D), kernel = q.shape, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    prefix_k, prefix_v = (x.to(k.dtype) for x in prefix)  # (1, H, P, D)
-    on_prefix, prefix_sum = kernel(
-        q.transpose(0, 1).reshape(1, H, B * T, D), prefix_k, prefix_v)  # and (1, H, B·T)
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    own, own_sum = kernel(q, k, v, attn_mask=bias)  # (B, H, T, D), (B, H, T)
-    share = (prefix_sum.view(H, B, T).transpose(0, 1) - own_sum).sigmoid()
-    return own.lerp(on_prefix.view(H, B, T, D).transpose(0, 1), share[..., None])
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, first_k: Tensor, first_v: Tensor
+    ) -> Tensor:
+        kernel, B = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, len(q)
+        on_first, first_sum = kernel(_as_one_row(q), first_k, first_v)  # and (1, H, B·T)
+        own, own_sum = kernel(q, k, v, attn_mask=_bias(mask, q))  # (B, H, T, D), (B, H, T)
+        first_sum = _as_rows(first_sum, B)
+        y = own.lerp(_as_rows(on_first, B), (first_sum - own_sum).sigmoid()[..., None])
+        if any(ctx.needs_input_grad):
+            both = torch.logaddexp(first_sum, own_sum)
+            ctx.save_for_backward(q, k, v, mask, first_k, first_v, y, both)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, first_k, first_v, y, both = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        by_q, by_k, by_v = kernel(grad, q, k, v, y, both, 0.0, False, attn_mask=_bias(mask, q))
+        by_all_q, *by_first = kernel(_as_one_row(grad), _as_one_row(q), first_k, first_v,
+                                     _as_one_row(y), _as_one_row(both), 0.0, False)
+        return by_q.add_(_as_rows(by_all_q, len(q))), by_k, by_v, None, *by_first
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _as_one_row(x: Tensor) -> Tensor:
+    """Stand the tokens of all rows (B, H, T, ...) behind each other: (1, H, B·T, ...)."""
+    return x.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _as_rows(x: Tensor, B: int) -> Tensor:
+    """Undo `_as_one_row`."""
+    return x[0].unflatten(1, (B, -1)).transpose(0, 1)
 
 
 def _attend_in_parts(
@@ -161,22 +196,85 @@ def _attend_in_parts(
     dropout: float = 0.0,
 ) -> Tensor:
     """Attend by products; to the prefix for all rows in one per head, without a copy for each."""
-    (B, H, T, D), S, scale = q.shape, k.size(2), q.size(-1) ** -0.5
-    own_q, own_k, own_v = (x.reshape(B * H, -1, D) for x in (q, k, v))  # of a cache no copies
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    bias = bias.expand(B, H, T, S).reshape(B * H, T, S)
-    scores = torch.baddbmm(bias, own_q, own_k.mT, alpha=scale)  # (B·H, T, S)
-    if prefix:
-        prefix_k, prefix_v = (x[0].to(k.dtype) for x in prefix)  # (H, P, D)
-        all_q = q.transpose(0, 1).reshape(H, B * T, D)
-        to_prefix = torch.baddbmm(
-            q.new_zeros(()), all_q, prefix_k.mT, beta=0, alpha=scale)  # (H, B·T, P)
-        to_prefix = to_prefix.view(H, B, T, -1).transpose(0, 1).flatten(0, 1)  # (B·H, T, P)
-        scores = torch.cat((to_prefix, scores), dim=-1)
-    kept = torch.float32 if torch.is_grad_enabled() else q.dtype  # for the backward pass
-    weights = F.dropout(scores.softmax(dim=-1, dtype=kept).to(q.dtype), dropout)
-    y = torch.bmm(weights[:, :, weights.size(2) - S :], own_v).view(B, H, T, D)
-    if prefix:
-        on_prefix = weights[:, :, : weights.size(2) - S].view(B, H, T, -1).transpose(0, 1)
-        y = y + torch.bmm(on_prefix.flatten(1, 2), prefix_v).view(H, B, T, D).transpose(0, 1)
-    return y
+    first_k, first_v = (x[0].to(k.dtype) for x in prefix) if prefix else (None, None)  # (H, P, D)
+    if torch.is_grad_enabled() and not dropout and not torch.compiler.is_compiling():
+        return _PartsAttention.apply(q, k, v, mask, first_k, first_v)
+    weights = _part_weights(q, k, mask, first_k).to(q.dtype)
+    return _weigh(F.dropout(weights, dropout), v, first_v)
+
+
+class _PartsAttention(torch.autograd.Function):
+    """Attention in parts; the backward pass computes the weights again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, first_k: Tensor | None,
+        first_v: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask, first_k, first_v)
+        return _weigh(_part_weights(q, k, mask, first_k, torch.float32).to(q.dtype), v, first_v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, first_k, first_v = ctx.saved_tensors
+        weights = _part_weights(q, k, mask, first_k, torch.float32)
+        by_v, by_first_v = _transposed(weights.to(q.dtype), grad, k.size(2))
+        by_weights = _products(grad, v, first_v).to(weights.dtype)
+        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+        by_scores = by_scores.to(q.dtype).mul_(q.size(-1) ** -0.5)
+        by_k, by_first_k = _transposed(by_scores, q, k.size(2))
+        return _weigh(by_scores, k, first_k), by_k, by_v, None, by_first_k, by_first_v
+
+
+def _part_weights(
+    q: Tensor, k: Tensor, mask: Tensor, first_k: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the weights (B·H, T, P+S) of the prefix's keys (H, P, D) and the own (B, H, S, D)."""
+    bias = _bias(mask, q).expand(*q.shape[:3], k.size(2)).flatten(0, 1)
+    return _products(q, k, first_k, q.size(-1) ** -0.5, bias).softmax(dim=-1, dtype=dtype)
+
+
+def _products(
+    x: Tensor, own: Tensor, first: Tensor | None, scale: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Return `scale` times `x` (B, H, T, D) by the vectors of prefix and rows: (B·H, T, P+S)."""
+    none = x.new_zeros(())
+    by_own = torch.baddbmm(none if bias is None else bias, _per_row(x), _per_row(own).mT,
+                           beta=0 if bias is None else 1, alpha=scale)
+    if first is None:
+        return by_own
+    by_first = torch.baddbmm(none, _per_head(x), first.mT, beta=0, alpha=scale)  # (H, B·T, P)
+    by_first = by_first.unflatten(1, (len(x), -1)).transpose(0, 1).flatten(0, 1)  # (B·H, T, P)
+    return torch.cat((by_first, by_own), dim=-1)
+
+
+def _weigh(weights: Tensor, own: Tensor, first: Tensor | None) -> Tensor:
+    """Return the sum (B, H, T, D) of the vectors of prefix and rows by `weights` (B·H, T, P+S)."""
+    B, H, S, _ = own.shape
+    first_weights, own_weights = weights.split((weights.size(-1) - S, S), dim=-1)
+    y = torch.bmm(own_weights, _per_row(own)).unflatten(0, (B, H))
+    if first is None:
+        return y
+    on_first = torch.bmm(_per_head(first_weights.unflatten(0, (B, H))), first)  # (H, B·T, D)
+    return y + on_first.unflatten(1, (B, -1)).transpose(0, 1)
+
+
+def _transposed(weights: Tensor, x: Tensor, S: int) -> tuple[Tensor, Tensor | None]:
+    """Return the sums of `x` (B, H, T, D) by transposed weights: (B, H, S, D) and (H, P, D)."""
+    first_weights, own_weights = weights.split((weights.size(-1) - S, S), dim=-1)
+    by_own = torch.bmm(own_weights.mT, _per_row(x)).unflatten(0, x.shape[:2])
+    if not first_weights.numel():
+        return by_own, None
+    by_first = _per_head(first_weights.unflatten(0, x.shape[:2])).mT
+    return by_own, torch.bmm(by_first, _per_head(x))
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """Lay out (B, H, T, D) for a product per row and head: (B·H, T, D)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _per_head(x: Tensor) -> Tensor:
+    """Lay out (B, H, T, D) for a product per head: (H, B·T, D)."""
+    return x.transpose(0, 1).flatten(1, 2)

@@ -38,17 +38,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     It calls oneDNN for float32 on a CPU if that is faster, and `F.linear` otherwise.
     """
-    plain = (
-        x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        or x.numel() == 0 or not onednn_is_faster()
-    )
-    if plain:
+    if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     few = x.numel() <= FEW_ROWS * x.size(-1) and weight.is_contiguous()
     if few and not torch.is_grad_enabled():
         return _few_rows(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        and x.numel() > 0 and onednn_is_faster()
+    )
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,6 +83,44 @@ class _OneDnnLinear(torch.autograd.Function):
             _onednn(rows.t(), x.flatten(0, -2).t()) if for_weight else None,  # (out, in)
             rows.sum(dim=0) if for_bias else None,
         )
+
+
+def dropout_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
+    """Return `linear(F.dropout(x, p), weight)`, (..., in) x (out, in) -> (..., out), bit for bit.
+
+    The backward pass keeps `x`, which q, k and v share, and a mask of one byte a feature. Plainly,
+    autograd keeps the output of dropout and its mask, of one number a feature each, for every
+    product.
+    """
+    if not 0 < p < 1 or not x.numel() or torch.compiler.is_compiling():
+        return linear(F.dropout(x, p), weight)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    return _DropoutLinear.apply(x, weight, p)
+
+
+class _DropoutLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, p: float) -> Tensor:
+        noise = torch.empty_like(x).bernoulli_(1 - p)
+        ctx.save_for_backward(x, weight, noise.bool())
+        ctx.p = p
+        dropped = (x * noise.div_(1 - p)).to(weight.dtype)
+        return _onednn(dropped, weight) if _takes_onednn(x, weight) else F.linear(dropped, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, mask = ctx.saved_tensors
+        for_x, for_weight, _ = ctx.needs_input_grad
+        noise = mask.to(x.dtype).div_(1 - ctx.p)
+        product = _onednn if _takes_onednn(x, weight) else F.linear
+        by_x = product(grad, weight.t()).to(x.dtype).mul_(noise) if for_x else None
+        if not for_weight:
+            return by_x, None, None
+        dropped = noise.mul_(x).to(weight.dtype).flatten(0, -2)  # (rows, in)
+        return by_x, product(grad.flatten(0, -2).t(), dropped.t()), None  # (out, in)
 
 
 def cross_entropies(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:

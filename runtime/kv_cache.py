@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from runtime.batching import pad
 
@@ -125,12 +126,14 @@ class Cache:
 
 
 class SharedPrefix:
-    """A prefix, as `prefill` computed it, that all batches share: one forward and backward pass.
+    """A prefix that all batches share, of the tokens `idx` (1, P); `prefill` computes it.
 
-    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters.
+    The batches accumulate their gradients in `past`; `backward` propagates the sum to the adapters,
+    for which it computes the prefix again: no activation of it is kept beside those of a batch.
     """
 
-    def __init__(self, computed: Prefix) -> None:
+    def __init__(self, prefill: Callable[[Tensor], Prefix], idx: Tensor) -> None:
+        computed = checkpoint(prefill, idx, use_reentrant=False)
         self.computed = [tensor for pair in computed for tensor in pair]
         self.leaves = [self._leaf(tensor) for tensor in self.computed]
         self.past = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))

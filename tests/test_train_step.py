@@ -78,7 +78,7 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
         torch.nn.init.normal_(layer.lora_B)
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = make_loader(config, model.config).window(0, 8, 3)
-    prefix = SharedPrefix(model.prefill(batches[0].prefix))
+    prefix = SharedPrefix(model.prefill, batches[0].prefix)
     losses = [model(batch.inputs, batch.targets, prefix.past)[1] for batch in batches]
     for loss in losses:
         loss.backward()
@@ -94,7 +94,7 @@ def test_prefix_differentiated_once_gives_the_gradient_of_the_whole(
 def test_prefix_that_no_adapter_acts_on_has_nothing_to_differentiate(config: TrainConfig) -> None:
     model = fresh_model(config).requires_grad_(False)
     batch = make_loader(config, model.config).window(0, 8, 8)[0]
-    prefix = SharedPrefix(model.prefill(batch.prefix))
+    prefix = SharedPrefix(model.prefill, batch.prefix)
     assert prefix.past
     assert not any(tensor.requires_grad for pair in prefix.past for tensor in pair)
     prefix.backward()

@@ -55,7 +55,7 @@ def fresh(family: Family) -> PreTrainedModel:
 
 def gradients(model: Decoder, idx: Tensor, targets: Tensor, shared: int) -> dict[str, Tensor]:
     """Return the gradients of a loss whose first `shared` tokens run as a shared prefix."""
-    prefix = SharedPrefix(model.prefill(idx[:1, :shared]))
+    prefix = SharedPrefix(model.prefill, idx[:1, :shared])
     model(idx[:, shared:], targets[:, shared:], prefix.past)[1].backward()
     prefix.backward()
     return {name: parameter.grad for name, parameter in trained(model).items()}

@@ -29,20 +29,37 @@ CAUSAL = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
 PADDED = torch.arange(6) <= torch.tensor([2, 5, 3])[:, None, None, None]  # (3, 1, 1, 6)
 
 
-@pytest.mark.parametrize("width", [4, 2], ids=["in parts", "fused"])  # 5 tokens < 2 · 4
+@pytest.mark.parametrize(("width", "merged"), [(4, True), (4, False), (2, False)],
+                         ids=["merged", "in parts", "fused"])  # 5 tokens < 2 · 4
+@pytest.mark.parametrize("heads", [2, 6])  # of queries, for 2 of keys
 @pytest.mark.parametrize(("mask", "given"), [(CAUSAL, None), (CAUSAL, CAUSAL), (PADDED, PADDED)],
                          ids=["causal by default", "causal", "padded"])
 def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
-    width: int, mask: Tensor, given: Tensor | None
+    mask: Tensor, given: Tensor | None, heads: int, width: int, merged: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attention, "_parts_can_be_merged", lambda q: merged)
     tokens, keys = mask.shape[2:]
-    q, k, v = randn(3, 2, tokens, width), randn(3, 2, keys, width), randn(3, 2, keys, width)
+    q, k, v = randn(3, heads, tokens, width), randn(3, 2, keys, width), randn(3, 2, keys, width)
     prefix = randn(1, 2, 7, width), randn(1, 2, 7, width)
     found = values_and_gradients(
         lambda q, k, v, pk, pv: attend(q, k, v, (pk, pv), given), q, k, v, *prefix)
     expected = values_and_gradients(
-        lambda *inputs: joint_attention(*inputs, mask), q, k, v, *prefix)
+        lambda q, *others: joint_attention(
+            q, *(x.repeat_interleave(heads // 2, dim=1) for x in others), mask),
+        q, k, v, *prefix)
     close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_a_prefix_keeps_no_weights(dtype: torch.dtype) -> None:
+    q, k, v = (randn(3, 2, 5, 8).detach().to(dtype).requires_grad_() for _ in range(3))
+    prefix = [randn(1, 2, 7, 8).detach().to(dtype).requires_grad_() for _ in range(2)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attend(q, k, v, (prefix[0], prefix[1]), None)
+    largest = max(t.untyped_storage().nbytes() for t in kept)
+    assert largest == q.numel() * q.element_size()
 
 
 @pytest.mark.parametrize("most", [2**23, 0], ids=["in parts", "fused"])

@@ -1,11 +1,13 @@
 """The fast kernels equal the plain computation in values and gradients."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from made_layers import randn, values_and_gradients
+from torch import Tensor
 
 from runtime import kernels
 from runtime.kernels import linear
@@ -42,6 +44,36 @@ def test_few_rows_of_inference_equal_torchs(
         close(found, F.linear(x, weight, bias))
         close(linear(x.transpose(0, -2), weight), F.linear(x.transpose(0, -2), weight))
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_after_dropout_equals_the_plain_one_to_the_bit(
+    onednn: bool, dtype: torch.dtype, p: float
+) -> None:
+    """In 16 bits autocast makes the weight one of 16; the input may be one already."""
+    for rows in (randn(3, 2, 7), randn(90, 7), randn(0, 7), randn(3, 7).detach().to(dtype)):
+        weight = randn(11, 7)
+
+        def run(product: Callable[..., Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
+            torch.manual_seed(1)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                h = product(x, weight)
+            return [h, *torch.autograd.grad(h.float().square().sum(), (x, weight))]
+
+        x = rows.detach().requires_grad_()
+        found = run(lambda x, w: kernels.dropout_linear(x, w, p), x, weight)
+        expected = run(lambda x, w: linear(F.dropout(x, p), w), x, weight)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_product_after_dropout_keeps_its_input_once_and_a_byte_a_feature() -> None:
+    x, kept = randn(5, 7), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for weight in (randn(3, 7), randn(3, 7)):
+            kernels.dropout_linear(x, weight, 0.5)
+    inputs = {t.data_ptr(): t.dtype.itemsize for t in kept if t.shape == x.shape}
+    assert sorted(inputs.values()) == [1, 1, 4]
 
 
 @pytest.mark.parametrize("chunk", [1, 26, 2**24])

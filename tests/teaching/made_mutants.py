@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
 LORA, MODEL, BUILD = "lora.py", "model.py", "methods/build.py"
 PREFIX = "methods/prefix_tuning.py"
 BASE = "h = self.product(x, self.weight, self.bias)"
-DOWN = "self.product(self.lora_dropout(x), lora_A) * self.lora_scaling"
+DOWN = "self.dropped_product(x, lora_A) * self.lora_scaling"
 SCALING = "self.lora_scaling = lora_alpha / (lora_rank**0.5 if lora_rank_stabilized else lora_rank)"
 KAIMING = "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))"
 ZEROS = "nn.init.zeros_(self.lora_B)"
@@ -27,8 +27,9 @@ TRAIN = """        super().train(mode)
         self._demerge() if mode else self._merge()
         return self
 """
-MERGE = """            self._unmerged_weight = self.weight.detach().clone()
-            self.weight.copy_(self.merged_weight())
+MERGE = """\
+            self._unmerged_weight, self.has_weights_merged = self.weight.detach().clone(), True
+            self.weight.copy_(self.merged_weight())  # subtracting it again would round: W0 is kept
 """
 DEMERGE = "self.weight.copy_(self.unmerged_weight())"
 GUARD = "if self.is_lora() and not self.has_weights_merged and not self._times_off:"
@@ -91,10 +92,10 @@ MUTANTS = (
            ((DOWN, "self.product(self.lora_dropout(x) * (1 - self.lora_dropout.p), lora_A) "
                    "* self.lora_scaling"),)),
     Mutant("B @ A in forward", "thin", LORA, (
-        ("        down = self.product", "        if self.lora_groups == 1:\n"
+        ("        down = self.dropped_product", "        if self.lora_groups == 1:\n"
          "            x = self.lora_dropout(x)\n"
          "            return h + x @ (lora_B @ lora_A).T * self.lora_scaling\n"
-         "        down = self.product"),)),
+         "        down = self.dropped_product"),)),
     Mutant("merge in an eval() that parents never call", "merge", LORA, ((
         TRAIN, """        super().train(mode)
         if mode:
@@ -123,7 +124,8 @@ MUTANTS = (
          "                self.weight - self.delta_weight() if not self.has_weights_merged else "),
     )),
     Mutant("+= and -= drift", "cycles", LORA, (
-        (MERGE, "            self.weight += self.delta_weight().to(self.weight.dtype)\n"),
+        (MERGE, "            self.weight += self.delta_weight().to(self.weight.dtype)\n"
+                "            self.has_weights_merged = True\n"),
         (DEMERGE, "self.weight -= self.delta_weight().to(self.weight.dtype)"))),
     Mutant("base left trainable", "trainable", LORA,
            ((MARK, "parameter.requires_grad |= is_lora_name(name)"),)),
