@@ -103,10 +103,10 @@ def dropout_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
 class _DropoutLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, p: float) -> Tensor:
-        noise = torch.empty_like(x).bernoulli_(1 - p)
-        ctx.save_for_backward(x, weight, noise.bool())
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # draws as F.dropout does
+        ctx.save_for_backward(x, weight, mask)
         ctx.p = p
-        dropped = (x * noise.div_(1 - p)).to(weight.dtype)
+        dropped = mask.to(x.dtype).div_(1 - p).mul_(x).to(weight.dtype)
         return _onednn(dropped, weight) if _takes_onednn(x, weight) else F.linear(dropped, weight)
 
     @staticmethod

@@ -72,8 +72,8 @@ def test_older_run_resumes_as_if_never_stopped(
         write_state(folder / STATE_FILE, state)
     call(monkeypatch, train, "init_from=resume", f"out_dir={folder.name}", "max_iters=4")
     found, expected = weights(folder / "last"), weights(whole / "last")
-    torch.testing.assert_close(
-        without_key_biases(found), without_key_biases(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(  # a step of 1e-2 turns another rounding into 1e-5
+        without_key_biases(found), without_key_biases(expected), rtol=1e-4, atol=5e-5)
     here = describe(torch.device("cpu"))
     if all(about[name] == here[name] for name in ("processor", "torch")):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
