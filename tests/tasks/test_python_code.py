@@ -167,7 +167,7 @@ def test_bundled_data_is_large_and_varied_and_its_code_runs() -> None:
                 with contextlib.redirect_stdout(io.StringIO()):
                     exec(compile(code, f"row {number}", "exec"), {"__name__": "__main__"})
             except SystemExit as end:  # as of unittest.main()
-                assert not end.code, number
+                assert end.code in (0, None, False, 5), number  # 5 since 3.12: it found no test
             except Exception as error:
                 print(number, repr(error))
         print("done")
