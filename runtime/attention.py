@@ -204,21 +204,21 @@ def _attend_in_parts(
 
 
 class _PartsAttention(torch.autograd.Function):
-    """Attention in parts; the backward pass computes the weights again."""
+    """Attention in parts; only the weights, inputs and no copies are kept for the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, first_k: Tensor | None,
         first_v: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask, first_k, first_v)
-        return _weigh(_part_weights(q, k, mask, first_k, torch.float32).to(q.dtype), v, first_v)
+        weights = _part_weights(q, k, mask, first_k, torch.float32)
+        ctx.save_for_backward(q, k, v, first_k, first_v, weights)
+        return _weigh(weights.to(q.dtype), v, first_v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, first_k, first_v = ctx.saved_tensors
-        weights = _part_weights(q, k, mask, first_k, torch.float32)
+        q, k, v, first_k, first_v, weights = ctx.saved_tensors
         by_v, by_first_v = _transposed(weights.to(q.dtype), grad, k.size(2))
         by_weights = _products(grad, v, first_v).to(weights.dtype)
         by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)

