@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # of queries
+SOME_ROWS = 4  # whose next tokens attend faster by products than in torch's kernel
+FEW_QUERIES = 4  # of a row, whose products with the keys are faster transposed
 MOST_WEIGHTS = 2**23  # of attention at once, where products are faster than torch's kernel
 
 
@@ -47,9 +49,12 @@ def _attend_masked(
 ) -> Tensor:
     """Attend as `attend` does; `shared` queries of one token stand below each other."""
     if q.device.type == "cpu":
+        one_token = q.size(2) <= shared and not torch.is_grad_enabled()
+        if one_token and len(q) >= SOME_ROWS:
+            return _attend_in_parts(q, k, v, prefix, mask, dropout)
         if prefix and not dropout and _parts_can_be_merged(q):
             return _MergedAttention.apply(q, k, v, mask, *(x.to(k.dtype) for x in prefix))
-        if _products_are_faster(q, k, prefix, shared):
+        if prefix and _products_are_faster(q, k, prefix):
             return _attend_in_parts(q, k, v, prefix, mask, dropout)
     if prefix:
         k, v = _behind(prefix, k, v)
@@ -63,12 +68,8 @@ def _parts_can_be_merged(q: Tensor) -> bool:
     return q.dtype == torch.float32 and not traced
 
 
-def _products_are_faster(
-    q: Tensor, k: Tensor, prefix: tuple[Tensor, Tensor] | None, shared: int
-) -> bool:
-    """Tell whether products beat torch's kernel: for one token of each row they do."""
-    if not prefix:
-        return q.size(2) <= shared
+def _products_are_faster(q: Tensor, k: Tensor, prefix: tuple[Tensor, Tensor]) -> bool:
+    """Tell whether products beat torch's kernel, for which the prefix must be copied."""
     weights = q.size(0) * q.size(1) * q.size(2) * (prefix[0].size(2) + k.size(2))
     if not torch.is_grad_enabled() and weights <= MOST_WEIGHTS:
         return True
@@ -239,11 +240,16 @@ def _products(
     x: Tensor, own: Tensor, first: Tensor | None, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
     """Return `scale` times `x` (B, H, T, D) by the vectors of prefix and rows: (B·H, T, P+S)."""
-    none = x.new_zeros(())
-    by_own = torch.baddbmm(none if bias is None else bias, _per_row(x), _per_row(own).mT,
-                           beta=0 if bias is None else 1, alpha=scale)
+    rows, vectors = _per_row(x), _per_row(own)
+    if bias is None:
+        by_own = torch.bmm(rows, vectors.mT).mul_(scale)
+    elif x.size(2) <= FEW_QUERIES:  # the same, transposed
+        by_own = torch.baddbmm(bias.mT, vectors, rows.mT, alpha=scale).mT
+    else:
+        by_own = torch.baddbmm(bias, rows, vectors.mT, alpha=scale)
     if first is None:
         return by_own
+    none = x.new_zeros(())
     by_first = torch.baddbmm(none, _per_head(x), first.mT, beta=0, alpha=scale)  # (H, B·T, P)
     by_first = by_first.unflatten(1, (len(x), -1)).transpose(0, 1).flatten(0, 1)  # (B·H, T, P)
     return torch.cat((by_first, by_own), dim=-1)

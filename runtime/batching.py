@@ -4,7 +4,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,18 +29,26 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
-    """Split rows of these `lengths` into batches with about the same number of tokens.
+    """Split rows of these `lengths`, shortest first, into batches that are about equally large.
 
     There are as many batches as with `batch_size` rows each, but a batch of short rows holds more
-    of them: all batches need about the same memory and time.
+    of them: padded, the largest batch has as few tokens as possible.
     """
-    number, total = -(-len(lengths) // batch_size), list(accumulate(lengths))
+    number = -(-len(lengths) // batch_size)
+    tokens = bisect_left(range(len(lengths) * max(lengths, default=0)), len(lengths),
+                         key=lambda tokens: _filled(lengths, number, tokens)[-1])
+    return [slice(start, end) for start, end in pairwise(_filled(lengths, number, tokens))]
+
+
+def _filled(lengths: Sequence[int], number: int, tokens: int) -> list[int]:
+    """Return the bounds of `number` batches, each filled up to so many padded `tokens`."""
     bounds = [0]
-    for i in range(1, number + 1):
-        bound = bisect_left(total, i * total[-1] / number) + 1
-        rest = number - i  # each later batch needs at least one row
-        bounds.append(min(max(bound, bounds[-1] + 1), len(lengths) - rest))
-    return [slice(start, end) for start, end in pairwise(bounds)]
+    for later in reversed(range(number)):  # of which each needs at least one row
+        start, end = bounds[-1], bounds[-1] + 1
+        while end < len(lengths) - later and (end + 1 - start) * lengths[end] <= tokens:
+            end += 1
+        bounds.append(end)
+    return bounds
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

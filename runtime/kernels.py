@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEW_ROWS = 64  # of an input; the tokens of one step of generation
+FEW_ROWS = range(5, 65)  # of an input; the tokens of one step of generation
 CHUNK = 2**23  # logits at once: 32 MiB
 
 
@@ -40,10 +40,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    few = x.numel() <= FEW_ROWS * x.size(-1) and weight.is_contiguous()
-    if few and not torch.is_grad_enabled():
-        return _few_rows(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDnnLinear.apply(x, weight, bias)
+    few = x.numel() // x.size(-1) in FEW_ROWS and weight.is_contiguous()
+    return (_few_rows if few else _onednn)(x, weight, bias)
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -56,8 +56,9 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the transpose, `weight @ x.T`: for few rows it is faster."""
-    h = _onednn(weight, x.flatten(0, -2)).t().contiguous()  # (rows, out)
-    return (h if bias is None else h.add_(bias)).view(*x.shape[:-1], -1)
+    h = _onednn(weight, x.flatten(0, -2)).t()  # (rows, out)
+    h = h.contiguous() if bias is None else torch.add(h, bias, out=x.new_empty(h.shape))
+    return h.view(*x.shape[:-1], -1)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -74,6 +74,7 @@ def test_attention_without_gradients_equals_its_formula(
     most: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "MOST_WEIGHTS", most)
+    monkeypatch.setattr(attention, "SOME_ROWS", 1 if most else 4)  # 3 rows
     tokens, keys = mask.shape[2:]
     q, k, v = (torch.randn(3, n, size, 8).to(dtype)
                for n, size in ((heads, tokens), (2, keys), (2, keys)))
@@ -83,6 +84,23 @@ def test_attention_without_gradients_equals_its_formula(
     rest = (x.double().repeat_interleave(heads // 2, dim=1) for x in (k, v, *prefix))
     expected = joint_attention(q.double(), *rest, mask)
     assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("heads", [2, 6, 10])  # of queries, for 2 of keys
+@pytest.mark.parametrize("rows", [1, 5], ids=["fused", "in parts"])
+def test_next_tokens_attend_as_the_formula_says(
+    rows: int, heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    mask = torch.arange(6) <= torch.randint(6, (rows, 1, 1, 1))
+    q, k, v = (torch.randn(rows, n, size, 8).to(dtype)
+               for n, size in ((heads, 1), (2, 6), (2, 6)))
+    with torch.no_grad():
+        found = attend(q, k, v, None, mask)
+    rest = (x.double().repeat_interleave(heads // 2, dim=1) for x in (k, v))
+    nothing = torch.empty(1, heads, 0, 8, dtype=torch.double)
+    expected = joint_attention(q.double(), *rest, nothing, nothing, mask)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -40,11 +41,25 @@ def test_shared_prefix_is_the_longest() -> None:
     ([7], 64, [1]),
     ([], 4, []),
 ], ids=str)
-def test_parts_are_of_equally_many_tokens(
+def test_parts_have_about_equally_many_tokens(
     lengths: list[int], batch_size: int, expected: list[int]
 ) -> None:
     parts = equal_parts(lengths, batch_size)
     assert [len(lengths[part]) for part in parts] == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_split_has_a_smaller_largest_part(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = sorted(rng.choices(range(1, 30), k=9))
+    batch_size = rng.randint(1, 9)
+
+    def largest(bounds: tuple[int, ...]) -> int:
+        return max((end - start) * lengths[end - 1] for start, end in pairwise(bounds))
+
+    parts = equal_parts(lengths, batch_size)
+    splits = [(0, *cuts, 9) for cuts in combinations(range(1, 9), len(parts) - 1)]
+    assert largest((0, *(part.stop for part in parts))) == min(map(largest, splits))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
