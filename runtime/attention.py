@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from runtime.kernels import side_by_side
+
 BLOCK = 128  # of queries
 SOME_ROWS = 4  # whose next tokens attend faster by products than in torch's kernel
 FEW_QUERIES = 4  # of a row, whose products with the keys are faster transposed
@@ -31,6 +33,8 @@ def attend(
     shape, shared = q.shape, q.size(1) // k.size(1)
     if not q.numel():
         return q
+    q, k, v = (side_by_side(x) for x in (q, k, v))
+    prefix = prefix and (side_by_side(prefix[0]), side_by_side(prefix[1]))
     if mask is None and not dropout and _trains_in_16_bits(q):
         return _attend_in_blocks(q, *(k, v) if prefix is None else _behind(prefix, k, v))
     if prefix is None and mask is None:

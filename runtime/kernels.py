@@ -36,7 +36,8 @@ def onednn_is_faster() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`, (..., in) x (out, in) -> (..., out), as `F.linear` does.
 
-    It calls oneDNN for float32 on a CPU if that is faster, and `F.linear` otherwise.
+    It calls oneDNN for float32 on a CPU if that is faster, and `F.linear` otherwise. Without
+    gradients the output features of few rows may not stand side by side in memory.
     """
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -44,6 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _OneDnnLinear.apply(x, weight, bias)
     few = x.numel() // x.size(-1) in FEW_ROWS and weight.is_contiguous()
     return (_few_rows if few else _onednn)(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `linear(x, weight)` with its features side by side, but no gradient."""
+    return _onednn(x, weight) if _takes_onednn(x, weight) else F.linear(x, weight)
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -55,10 +61,15 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the transpose, `weight @ x.T`: for few rows it is faster."""
-    h = _onednn(weight, x.flatten(0, -2)).t()  # (rows, out)
-    h = h.contiguous() if bias is None else torch.add(h, bias, out=x.new_empty(h.shape))
-    return h.view(*x.shape[:-1], -1)
+    """Return a view of the transpose, `weight @ x.T`: for few rows it is faster."""
+    h = _onednn(weight, x.flatten(0, -2))  # (out, rows)
+    h = h if bias is None else h.add_(bias[:, None])
+    return h.t().unflatten(0, x.shape[:-1])
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Return `x` with its last dimension contiguous, as torch's attention kernels need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,7 +119,7 @@ class _DropoutLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask)
         ctx.p = p
         dropped = mask.to(x.dtype).div_(1 - p).mul_(x).to(weight.dtype)
-        return _onednn(dropped, weight) if _takes_onednn(x, weight) else F.linear(dropped, weight)
+        return _product(dropped, weight)
 
     @staticmethod
     @once_differentiable
@@ -116,12 +127,11 @@ class _DropoutLinear(torch.autograd.Function):
         x, weight, mask = ctx.saved_tensors
         for_x, for_weight, _ = ctx.needs_input_grad
         noise = mask.to(x.dtype).div_(1 - ctx.p)
-        product = _onednn if _takes_onednn(x, weight) else F.linear
-        by_x = product(grad, weight.t()).to(x.dtype).mul_(noise) if for_x else None
+        by_x = _product(grad, weight.t()).to(x.dtype).mul_(noise) if for_x else None
         if not for_weight:
             return by_x, None, None
         dropped = noise.mul_(x).to(weight.dtype).flatten(0, -2)  # (rows, in)
-        return by_x, product(grad.flatten(0, -2).t(), dropped.t()), None  # (out, in)
+        return by_x, _product(grad.flatten(0, -2).t(), dropped.t()), None  # (out, in)
 
 
 def cross_entropies(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -141,7 +151,7 @@ class _CrossEntropies(torch.autograd.Function):
         for part in _row_chunks(len(x), len(head)):
             nats[part], error = _nats_and_error(x[part], head, targets[part])
             if by_x is not None:
-                by_x[part] = linear(error, head.t())
+                by_x[part] = _product(error, head.t())
         ctx.save_for_backward(x if for_head else None, head, targets, by_x)
         return nats
 
@@ -155,8 +165,8 @@ class _CrossEntropies(torch.autograd.Function):
         for part in _row_chunks(len(x), len(head)):
             _, error = _nats_and_error(x[part], head, targets[part])
             error *= grad[part, None]
-            by_x[part] = linear(error, head.t())
-            by_head += linear(error.t(), x[part].t())  # (V, C)
+            by_x[part] = _product(error, head.t())
+            by_head += _product(error.t(), x[part].t())  # (V, C)
         return by_x, by_head, None
 
 
@@ -167,7 +177,7 @@ def _row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 def _nats_and_error(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies (N,) and their gradient (N, V) by the logits."""
-    logits, each = linear(x, head), torch.arange(len(x), device=x.device)
+    logits, each = _product(x, head), torch.arange(len(x), device=x.device)
     logits -= logits.amax(dim=-1, keepdim=True)
     chosen = logits[each, targets]
     total = logits.exp_().sum(dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from runtime.batching import pad
+from runtime.kernels import side_by_side
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, K, tokens, D)
 Prefix = list[KeyValue]  # of all layers, of batch 1
@@ -157,7 +158,7 @@ class SharedPrefix:
 def join_prefixes(first: Prefix, second: Prefix) -> Prefix:
     """Return the keys and values of two prefixes, one after the other; the first may be empty."""
     if not first:
-        return second
+        return [(side_by_side(k), side_by_side(v)) for k, v in second]
     return [(torch.cat((k, more_k), dim=2), torch.cat((v, more_v), dim=2))
             for (k, v), (more_k, more_v) in zip(first, second, strict=True)]
 

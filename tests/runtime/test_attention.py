@@ -79,8 +79,9 @@ def test_attention_without_gradients_equals_its_formula(
     q, k, v = (torch.randn(3, n, size, 8).to(dtype)
                for n, size in ((heads, tokens), (2, keys), (2, keys)))
     prefix = [torch.randn(1, 2, 7, 8).to(dtype) for _ in range(2)]
+    apart = [x.mT.contiguous().mT for x in (q, k, v, *prefix)]  # features, as after few rows
     with torch.no_grad():
-        found = attend(q, k, v, (prefix[0], prefix[1]), given)
+        found = attend(*apart[:3], (apart[3], apart[4]), given)
     rest = (x.double().repeat_interleave(heads // 2, dim=1) for x in (k, v, *prefix))
     expected = joint_attention(q.double(), *rest, mask)
     assert found.dtype == dtype
@@ -94,7 +95,7 @@ def test_next_tokens_attend_as_the_formula_says(
     rows: int, heads: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     mask = torch.arange(6) <= torch.randint(6, (rows, 1, 1, 1))
-    q, k, v = (torch.randn(rows, n, size, 8).to(dtype)
+    q, k, v = (torch.randn(8, n, size, rows).permute(3, 1, 2, 0).to(dtype)
                for n, size in ((heads, 1), (2, 6), (2, 6)))
     with torch.no_grad():
         found = attend(q, k, v, None, mask)
