@@ -243,3 +243,12 @@ def slug(text: str) -> str:
         return name
     short = name.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-")
     return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """GGUF files of Llama and Qwen2 models, read as if they were folders in the hub's layout."""
 
-import hashlib
 import importlib.metadata
 import math
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.files import finite_float32, packaged_file
+from checkpoints.files import file_sha256, finite_float32, packaged_file
 
 
 class PackagedModel(NamedTuple):
@@ -226,11 +225,7 @@ def _packaged(model: PackagedModel) -> Path:
 
 @lru_cache(maxsize=4)
 def _sha256(path: Path, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _read(path: Path) -> Header:

