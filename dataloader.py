@@ -231,7 +231,7 @@ class CustomDataLoader:
         keys = [(*example.prompt, None, *example.answer) for example in examples]
         unique = dict(zip(keys, examples, strict=True))  # pairs share their answers
         found, rows = torch.empty(len(unique)), list(unique.values())
-        parts = by_length([example.length for example in rows], batch_size)
+        parts = by_length([example.length - len(prefix) for example in rows], batch_size)
         for part in tqdm(parts, progress, disable=not progress, leave=False, unit="batch"):
             batch = collate([rows[i] for i in part], prefix).to(model.device)
             found[part] = -batch.log_probs(model, past).cpu()

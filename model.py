@@ -217,8 +217,8 @@ class Decoder(nn.Module):
         Raises ValueError if the tokens are more than the block size.
         """
         if targets is None:
-            return self._head(self._run_blocks(idx, self._before(idx, past))[0]), None
-        logits = self._head(self._states_at(idx, targets, past))
+            return self._head(self._run_blocks(idx, self._before(idx, past))[0]).contiguous(), None
+        logits = self._head(self._states_at(idx, targets, past)).contiguous()
         return logits, F.cross_entropy(logits, targets[targets != IGNORE])
 
     def nats(self, idx: Tensor, targets: Tensor, past: Prefix | None = None) -> Tensor:

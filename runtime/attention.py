@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from runtime.kernels import side_by_side
+from runtime.kernels import last_contiguous
 
 BLOCK = 128  # of queries
-SOME_ROWS = 4  # whose next tokens attend faster by products than in torch's kernel
-FEW_QUERIES = 4  # of a row, whose products with the keys are faster transposed
+LEAST_ROWS = 4  # whose next tokens attend faster by products than in torch's kernel
+MOST_QUERIES = 4  # of a row, whose products with the keys are faster transposed
 MOST_WEIGHTS = 2**23  # of attention at once, where products are faster than torch's kernel
 
 
@@ -33,8 +33,8 @@ def attend(
     shape, shared = q.shape, q.size(1) // k.size(1)
     if not q.numel():
         return q
-    q, k, v = (side_by_side(x) for x in (q, k, v))
-    prefix = prefix and (side_by_side(prefix[0]), side_by_side(prefix[1]))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    prefix = prefix and (last_contiguous(prefix[0]), last_contiguous(prefix[1]))
     if mask is None and not dropout and _trains_in_16_bits(q):
         return _attend_in_blocks(q, *(k, v) if prefix is None else _behind(prefix, k, v))
     if prefix is None and mask is None:
@@ -53,8 +53,8 @@ def _attend_masked(
 ) -> Tensor:
     """Attend as `attend` does; `shared` queries of one token stand below each other."""
     if q.device.type == "cpu":
-        one_token = q.size(2) <= shared and not torch.is_grad_enabled()
-        if one_token and len(q) >= SOME_ROWS:
+        one_token = q.size(2) <= shared
+        if one_token and len(q) >= LEAST_ROWS and not torch.is_grad_enabled():
             return _attend_in_parts(q, k, v, prefix, mask, dropout)
         if prefix and not dropout and _parts_can_be_merged(q):
             return _MergedAttention.apply(q, k, v, mask, *(x.to(k.dtype) for x in prefix))
@@ -243,11 +243,14 @@ def _part_weights(
 def _products(
     x: Tensor, own: Tensor, first: Tensor | None, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """Return `scale` times `x` (B, H, T, D) by the vectors of prefix and rows: (B·H, T, P+S)."""
+    """Return the products of `x` (B, H, T, D) with the vectors of prefix and rows: (B·H, T, P+S).
+
+    With a `bias` of the rows' own ones, all are `scale` times as large.
+    """
     rows, vectors = _per_row(x), _per_row(own)
     if bias is None:
-        by_own = torch.bmm(rows, vectors.mT).mul_(scale)
-    elif x.size(2) <= FEW_QUERIES:  # the same, transposed
+        by_own = torch.bmm(rows, vectors.mT)
+    elif x.size(2) <= MOST_QUERIES:  # the same, transposed
         by_own = torch.baddbmm(bias.mT, vectors, rows.mT, alpha=scale).mT
     else:
         by_own = torch.baddbmm(bias, rows, vectors.mT, alpha=scale)

@@ -29,19 +29,19 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def equal_parts(lengths: Sequence[int], batch_size: int) -> list[slice]:
-    """Split rows of these `lengths`, shortest first, into batches that are about equally large.
+    """Split rows of these `lengths`, shortest first, into batches of similar size.
 
     There are as many batches as with `batch_size` rows each, but a batch of short rows holds more
-    of them: padded, the largest batch has as few tokens as possible.
+    of them: the largest batch has as few tokens as possible, padding included.
     """
     number = -(-len(lengths) // batch_size)
     tokens = bisect_left(range(len(lengths) * max(lengths, default=0)), len(lengths),
-                         key=lambda tokens: _filled(lengths, number, tokens)[-1])
+                         key=lambda size: _filled(lengths, number, size)[-1])
     return [slice(start, end) for start, end in pairwise(_filled(lengths, number, tokens))]
 
 
 def _filled(lengths: Sequence[int], number: int, tokens: int) -> list[int]:
-    """Return the bounds of `number` batches, each filled up to so many padded `tokens`."""
+    """Return the bounds of `number` batches, each filled up to `tokens`, with padding."""
     bounds = [0]
     for later in reversed(range(number)):  # of which each needs at least one row
         start, end = bounds[-1], bounds[-1] + 1

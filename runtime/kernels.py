@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEW_ROWS = range(5, 65)  # of an input; the tokens of one step of generation
+FEW_ROWS = range(5, 65)  # of an input: here, and not below, the transposed product is faster
 CHUNK = 2**23  # logits at once: 32 MiB
 
 
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`, (..., in) x (out, in) -> (..., out), as `F.linear` does.
 
     It calls oneDNN for float32 on a CPU if that is faster, and `F.linear` otherwise. Without
-    gradients the output features of few rows may not stand side by side in memory.
+    gradients the result for few rows is a transposed view, which is not contiguous.
     """
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `linear(x, weight)` with its features side by side, but no gradient."""
+    """Return `linear(x, weight)`, contiguous, for use within an `autograd.Function`."""
     return _onednn(x, weight) if _takes_onednn(x, weight) else F.linear(x, weight)
 
 
@@ -61,14 +61,14 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a view of the transpose, `weight @ x.T`: for few rows it is faster."""
+    """Return a transposed view of `weight @ x.T`: for few rows it is faster."""
     h = _onednn(weight, x.flatten(0, -2))  # (out, rows)
     h = h if bias is None else h.add_(bias[:, None])
     return h.t().unflatten(0, x.shape[:-1])
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """Return `x` with its last dimension contiguous, as torch's attention kernels need it."""
+def last_contiguous(x: Tensor) -> Tensor:
+    """Return `x` with a contiguous last dimension, as torch's attention kernels need it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

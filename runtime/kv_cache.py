@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from runtime.batching import pad
-from runtime.kernels import side_by_side
+from runtime.kernels import last_contiguous
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (B, K, tokens, D)
 Prefix = list[KeyValue]  # of all layers, of batch 1
@@ -158,7 +158,7 @@ class SharedPrefix:
 def join_prefixes(first: Prefix, second: Prefix) -> Prefix:
     """Return the keys and values of two prefixes, one after the other; the first may be empty."""
     if not first:
-        return [(side_by_side(k), side_by_side(v)) for k, v in second]
+        return [(last_contiguous(k), last_contiguous(v)) for k, v in second]
     return [(torch.cat((k, more_k), dim=2), torch.cat((v, more_v), dim=2))
             for (k, v), (more_k, more_v) in zip(first, second, strict=True)]
 

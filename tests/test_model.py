@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from checkpoints.layouts import END_OF_TEXT
 from lora import count_parameters, lora_layers, mark_only_lora_as_trainable
 from model import GPT, IGNORE, SIZES, GPTConfig
-from runtime import kv_cache
+from runtime import kernels, kv_cache
 from runtime.kv_cache import Cache
 
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0}
@@ -211,6 +211,17 @@ def test_sizes_are_the_published_ones() -> None:
 
 def test_no_prompts_give_no_tokens(tiny: GPT) -> None:
     assert tiny.generate(torch.empty(0, 3, dtype=torch.long), 4).shape == (0, 3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_logits_are_contiguous(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of so few rows, computed transposed, are not."""
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
+    idx = targets = ids(1, 7)
+    with torch.no_grad():
+        assert not tiny._head(torch.randn(6, TINY.n_embd)).is_contiguous()
+        assert tiny(idx)[0].is_contiguous()
+        assert tiny(idx, targets)[0].is_contiguous()
 
 
 def test_whoever_changes_a_step_changes_no_later_one(tiny: GPT) -> None:

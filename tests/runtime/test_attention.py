@@ -74,7 +74,7 @@ def test_attention_without_gradients_equals_its_formula(
     most: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "MOST_WEIGHTS", most)
-    monkeypatch.setattr(attention, "SOME_ROWS", 1 if most else 4)  # 3 rows
+    monkeypatch.setattr(attention, "LEAST_ROWS", 1 if most else 4)  # 3 rows
     tokens, keys = mask.shape[2:]
     q, k, v = (torch.randn(3, n, size, 8).to(dtype)
                for n, size in ((heads, tokens), (2, keys), (2, keys)))
