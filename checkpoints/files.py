@@ -7,7 +7,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -245,10 +245,11 @@ def slug(text: str) -> str:
     return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+def files_sha256(paths: Iterable[Path], head: str = "") -> str:
+    """Return the SHA-256, in hexadecimal, of the text `head` and then the files, read in blocks."""
+    digest = hashlib.sha256(head.encode())
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()

